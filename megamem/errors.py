@@ -1,0 +1,52 @@
+"""Everything megamem raises on purpose.
+
+    MegamemError
+     |- ConfigError        the user's configuration is wrong; lists every problem at once   (also a ValueError)
+     |- PlanError          a plan cannot be made, or does not belong to this run            (also a ValueError)
+     |- PatchError         a patch cannot be applied or undone safely
+     |- UnsupportedError   this model or Megatron setting does not work with the capability
+     |- MissingPackage     an optional package that the asked-for feature needs is absent   (also an ImportError)
+     |- NotLiveError       a capability is switched on but did nothing in the first step
+     `- ActivationError    a saved activation was used in a way that would give wrong gradients
+
+Catch `MegamemError` to catch them all. Messages say who, what, and what to do now.
+"""
+
+from collections.abc import Sequence
+
+
+class MegamemError(Exception):
+    """Root of megamem's exceptions."""
+
+
+class ConfigError(MegamemError, ValueError):
+    """The configuration is wrong. `problems` holds one sentence per fault; the message shows them all."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in the megamem configuration:\n  - "
+        super().__init__(head + "\n  - ".join(self.problems))
+
+
+class PlanError(MegamemError, ValueError):
+    """No plan satisfies the request, or the plan was made for something else."""
+
+
+class PatchError(MegamemError, RuntimeError):
+    """A patch cannot be applied or undone safely; the message names the patch and the remedy."""
+
+
+class UnsupportedError(MegamemError, RuntimeError):
+    """The model or a trainer setting does not work together with the capability that was asked for."""
+
+
+class MissingPackage(MegamemError, ImportError):  # noqa: N818 - named after what it says
+    """An optional package is needed by the feature that was asked for; the message says how to install it."""
+
+
+class NotLiveError(MegamemError, RuntimeError):
+    """A capability is switched on, a step has run, and the capability took no part in it."""
+
+
+class ActivationError(MegamemError, RuntimeError):
+    """A swapped or recomputed activation cannot be given back faithfully."""

@@ -1,0 +1,43 @@
+"""Packaging of megamem: three source folders, one import root.
+
+`kernels/` and `patches/` sit at the top of the repository because people look for them there; they
+are installed as `megamem.kernels` and `megamem.patches`, so that nothing with a generic name lands in
+site-packages. torch is never a build requirement: planning and `--help` run without it.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = {"megamem": "megamem", "megamem.kernels": "kernels", "megamem.patches": "patches"}
+
+# 0.15 is the first release whose layers carry process-group collections; 0.20 is not out yet.
+MEGATRON = "megatron-core>=0.15.3,<0.20"
+
+EXTRAS = {
+    "train": ["torch>=2.6", MEGATRON, "numpy", "psutil", "tensorboard"],
+    "te": ["transformer-engine[pytorch]>=2.10"],
+    "nemo": ["megatron-bridge"],
+    "plot": ["matplotlib"],
+    "dev": ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil", "setuptools", "wheel"],
+}
+
+setup(
+    name="megamem",
+    version="0.1.0.dev0",
+    description="Train longer sequences on the GPUs you have: token-wise activation swap and recompute for Megatron-Core.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    install_requires=["pyyaml>=6", "packaging>=23"],
+    extras_require=EXTRAS,
+    packages=[
+        name if sub == "" else f"{name}.{sub}"
+        for name, folder in ROOMS.items()
+        for sub in ["", *find_packages(folder)]
+    ],
+    package_dir=ROOMS,
+    package_data={"megamem": ["py.typed"]},
+    entry_points={"console_scripts": ["megamem = megamem.cli:main"]},
+)
