@@ -1,0 +1,321 @@
+"""What the user asks for: the `megamem:` block of a YAML file, valid once it exists.
+
+Each option is declared once, here, in the section that owns it (`Activations`). From these declarations derive the
+YAML loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON Schema, so none of them can
+forget an option. A capability that does not exist yet has no section: what cannot be done cannot be asked for.
+
+Everything wrong with a configuration is reported at once, in one `ConfigError`. Nothing is ignored: a setting which
+has no effect under the chosen policy is a contradiction, because someone wrote it and believes in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+
+from megamem.errors import ConfigError
+from megamem.ir.activation import TENSORS
+from megamem.options import Bytes, Choice, Count, Option, Share, Switch, option, options_of, parse_values, suggestion
+from megamem.table import Table, TableRow
+from megamem.yamlfile import read_block
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = [
+    "Activations",
+    "Config",
+    "TableRow",
+    "add_arguments",
+    "config_from_args",
+    "json_schema",
+    "load_config",
+    "options_table",
+]
+
+# Options that only some policies read. `off` reads none of them.
+_SWAPPING = ("memo", "ordered")
+_POLICIES: Mapping[str, tuple[str, ...]] = {"swap_fraction": _SWAPPING, "keep_last_layers": _SWAPPING}
+_ACTIVE = ("recompute", *_SWAPPING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Token-wise swap and recompute of what transformer layers save for their backward pass."""
+
+    NAME: ClassVar[str] = "activations"
+
+    policy: Literal["off", "recompute", "memo", "ordered"] = option(
+        Choice(("off", "recompute", "memo", "ordered")),
+        "off",
+        "recompute: keep layer input and attention output in device memory and rebuild the rest, without running "
+        "attention again. memo: swap both to host memory, and swap_fraction of the tokens of every other tensor; the "
+        "last layers are kept (MEMO, arXiv 2407.12117). ordered: swap both, and swap_fraction of the outputs of the "
+        "linear layers (qkv, projection, fc1); outputs of element-wise operations are always rebuilt.",
+    )
+    swap_fraction: float = option(
+        Share(),
+        1.0,
+        "Share of the tokens that is swapped to host memory; the rest is recomputed. At 1 memo recomputes nothing.",
+    )
+    residual_every: int = option(
+        Count(least=1),
+        1,
+        "Store the layer input of every k-th layer only; the others are rebuilt from stored attention outputs.",
+    )
+    keep_last_layers: int = option(
+        Count(),
+        2,
+        "Leave this many layers at the end of the model untouched: their backward pass follows at once.",
+    )
+    host_memory: int | Literal["auto"] = option(
+        Bytes(),
+        "auto",
+        "Pinned host memory per rank. auto: half of what is available to the process, divided by the ranks on this "
+        "machine. What does not fit is recomputed instead.",
+    )
+    experts: Literal["keep", "swap", "recompute"] = option(
+        Choice(("keep", "swap", "recompute")),
+        "keep",
+        "What becomes of the tensors that the expert part of an MoE layer saves; always of all of them.",
+    )
+    table: tuple[TableRow, ...] = option(
+        Table(),
+        (),
+        'Explicit fates, a list of rows such as {layers: "1-4", fc1: 0.5, qkv: keep, mlp.linear_fc2: recompute}; later '
+        f"rows win. Tensors: {', '.join(TENSORS)}, or the path of a module inside the layer. Fates: keep (device "
+        "memory), swap (host memory), recompute, or the stored share of tokens with its tier: 0.5@host, 0.25@hbm.",
+    )
+    verify: bool = option(
+        Switch(),
+        True,
+        "In the first step compare every layer's replay with what was really saved, and stop if they differ.",
+    )
+
+    def __post_init__(self) -> None:
+        _normalise(self)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this capability does anything."""
+        return self.policy != "off"
+
+    def given(self) -> dict[str, object]:
+        """The options that differ from their defaults, as plain values."""
+        return {
+            item.name: item.kind.plain(getattr(self, item.name))
+            for item in options_of(type(self))
+            if getattr(self, item.name) != item.default
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """Every option that the policy reads, as plain values; the others would be contradictions in a file."""
+        return {
+            item.name: item.kind.plain(getattr(self, item.name))
+            for item in options_of(type(self))
+            if _is_read(item.name, self.policy)
+        }
+
+    @staticmethod
+    def contradictions(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
+        """What does not go together among the `given` options; `values` holds those that are valid by themselves."""
+        policy = values.get("policy")
+        if policy is None:  # its own problem is reported already
+            return []
+        problems = []
+        for name in given:
+            if _is_read(name, policy) or (name == "keep_last_layers" and policy == "recompute" and values[name] == 0):
+                continue
+            readers = ", ".join(_POLICIES.get(name, _ACTIVE))
+            problems.append(
+                f"activations.{name}: has no effect with policy {policy!r}; "
+                f"set activations.policy to one of {readers}, or remove {name}"
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration: one section per capability, each off unless asked for."""
+
+    activations: Activations = field(default_factory=Activations)
+
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """The capabilities that are switched on."""
+        return tuple(name for name in _sections() if getattr(self, name).is_on)
+
+    def to_dict(self) -> dict[str, object]:
+        """The content of the `megamem:` block, as plain values; `load_config` reads it back."""
+        return {name: getattr(self, name).to_dict() for name in _sections()}
+
+    def to_yaml(self) -> str:
+        """A YAML file with this configuration; `load_config` reads it back."""
+        import yaml
+
+        return str(yaml.safe_dump({"megamem": self.to_dict()}, sort_keys=False))
+
+
+def load_config(
+    source: str | Path | Mapping[str, object] | Config | None = None, overrides: Mapping[str, str] = {}
+) -> Config:
+    """Read a configuration: a YAML file, a mapping (the `megamem:` block or what holds it), or nothing (all off).
+
+    `overrides` replace single options, as `{"activations.policy": "memo"}`; they win over the source. An override
+    which switches a section off also drops what the source says about that section, so that `off` always works.
+    Raises ConfigError with every problem there is.
+    """
+    block = _block_of(source)
+    problems: list[str] = []
+    raw = _sections_given(block, problems)
+    _override(raw, overrides, problems)
+    values: dict[str, dict[str, Any]] = {}
+    for name, section in _sections().items():
+        given = raw.get(name, {})
+        values[name], found = parse_values(options_of(section), given, name)
+        failed = {key for key in given if key not in values[name]}
+        policy = {} if "policy" in failed else {"policy": options_of(section)[0].default}
+        problems += found + section.contradictions(policy | values[name], values[name])
+    if problems:
+        raise ConfigError(problems)
+    return Config(**{name: section(**values[name]) for name, section in _sections().items()})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--megamem FILE.yaml` and one flag per option, and return the parser, as Megatron's argument providers do.
+
+    Flags are kept as text and read by `config_from_args`, so that all mistakes are reported together.
+    """
+    group = parser.add_argument_group("megamem", "Longer sequences on the same GPUs; single flags win over the file.")
+    group.add_argument("--megamem", metavar="FILE.yaml", help="configuration file with a megamem: block")
+    for name, section in _sections().items():
+        for item in options_of(section):
+            text = f"{item.help} (default: {item.default_text()})".replace("%", "%%")
+            group.add_argument(item.flag(name), metavar=item.kind.metavar, dest=_dest(name, item), help=text)
+    return parser
+
+
+def config_from_args(namespace: argparse.Namespace) -> Config:
+    """The configuration that the flags of `add_arguments` ask for."""
+    overrides = {
+        f"{name}.{item.name}": value
+        for name, section in _sections().items()
+        for item in options_of(section)
+        if (value := getattr(namespace, _dest(name, item), None)) is not None
+    }
+    return load_config(getattr(namespace, "megamem", None), overrides)
+
+
+def json_schema() -> dict[str, object]:
+    """JSON Schema (2020-12) of a file with a `megamem:` block; contradictions between options are not expressed."""
+    block = {
+        name: {
+            "type": "object",
+            "description": (section.__doc__ or "").strip(),
+            "additionalProperties": False,
+            "properties": {
+                item.name: {
+                    **item.kind.schema(),
+                    "description": item.help,
+                    "default": item.kind.plain(item.default),
+                }
+                for item in options_of(section)
+            },
+        }
+        for name, section in _sections().items()
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "megamem configuration",
+        "type": "object",
+        "required": ["megamem"],
+        "properties": {"megamem": {"type": "object", "additionalProperties": False, "properties": block}},
+    }
+
+
+def options_table() -> str:
+    """The options as a Markdown table, for the documentation."""
+    rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
+    for name, section in _sections().items():
+        for item in options_of(section):
+            values = item.kind.metavar.replace("|", "\\|")
+            meaning = item.help.replace("|", "\\|")
+            rows.append(f"| `{name}.{item.name}` | `{values}` | `{item.default_text()}` | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _sections() -> dict[str, type[Activations]]:
+    """The section classes by name, in the order of the fields of `Config`."""
+    hints = get_type_hints(Config)
+    return {item.name: hints[item.name] for item in dataclasses.fields(Config)}
+
+
+def _dest(section: str, item: Option) -> str:
+    return f"megamem_{section}_{item.name}"
+
+
+def _is_read(name: str, policy: str) -> bool:
+    """Whether the policy looks at this option."""
+    return name == "policy" or (policy != "off" and policy in _POLICIES.get(name, _ACTIVE))
+
+
+def _normalise(section: Activations) -> None:
+    """Check every field of a section made in Python by the parser that reads files."""
+    raw = {item.name: getattr(section, item.name) for item in options_of(type(section))}
+    values, problems = parse_values(options_of(type(section)), raw, section.NAME)
+    changed = [item.name for item in options_of(type(section)) if values.get(item.name, item.default) != item.default]
+    problems += section.contradictions(values, changed)
+    if problems:
+        raise ConfigError(problems)
+    for name, value in values.items():
+        object.__setattr__(section, name, value)
+
+
+def _block_of(source: str | Path | Mapping[str, object] | Config | None) -> Mapping[str, object]:
+    if source is None:
+        return {}
+    if isinstance(source, Config):
+        return {name: getattr(source, name).given() for name in _sections()}
+    if isinstance(source, (str, Path)):
+        return read_block(Path(source))
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"a configuration is a path, a mapping or a Config, not {type(source).__name__}")
+    block = source.get("megamem", source)
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"megamem: {block!r} is no mapping of sections; valid: {', '.join(_sections())}")
+    return block
+
+
+def _sections_given(block: Mapping[str, object], problems: list[str]) -> dict[str, dict[str, object]]:
+    """The block as sections of options; what is neither goes to `problems`."""
+    sections = _sections()
+    raw: dict[str, dict[str, object]] = {}
+    for name, content in block.items():
+        if name not in sections:
+            owner = next((s for s, cls in sections.items() if name in {item.name for item in options_of(cls)}), None)
+            hint = f"did you mean '{owner}.{name}'?" if owner else suggestion(str(name), sections)
+            problems.append(f"{name}: unknown section; {hint}")
+        elif content is None or content == "":
+            raw[name] = {}
+        elif not isinstance(content, Mapping):
+            problems.append(f"{name}: {content!r} is no mapping of options; write {name}: {{policy: ...}}")
+        else:
+            raw[name] = {str(key): value for key, value in content.items()}
+    return raw
+
+
+def _override(raw: dict[str, dict[str, object]], overrides: Mapping[str, str], problems: list[str]) -> None:
+    """Put `overrides` over the sections in `raw`, in place."""
+    sections = _sections()
+    for key in overrides:
+        name, _, option_name = key.partition(".")
+        if name not in sections or not option_name:
+            valid = [f"{s}.{item.name}" for s, cls in sections.items() for item in options_of(cls)]
+            problems.append(f"{key}: unknown option; {suggestion(key, valid)}")
+    for name in sections:
+        mine = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
+        if mine:
+            raw[name] = {**({} if mine.get("policy") == "off" else raw.get(name, {})), **mine}
