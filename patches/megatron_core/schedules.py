@@ -1,0 +1,5 @@
+"""Patches of `megatron.core.pipeline_parallel.schedules`."""
+
+from megamem.patches.registry import Patch
+
+PATCHES: tuple[Patch, ...] = ()
