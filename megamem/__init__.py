@@ -1,0 +1,50 @@
+"""megamem: train longer sequences on the GPUs you have.
+
+    import megamem
+
+    with megamem.enable("megamem.yaml"):    # after initialize_model_parallel, before the model is built
+        ...
+
+Importing this package loads no torch, and patches nothing; `enable` does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamem.config import Config as Config
+from megamem.config import add_arguments as add_arguments
+from megamem.config import config_from_args as config_from_args
+from megamem.config import load_config as load_config
+from megamem.errors import ConfigError as ConfigError
+from megamem.errors import MegamemError as MegamemError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megamem.integrations.megatron_core import Handle
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "MegamemError",
+    "__version__",
+    "add_arguments",
+    "config_from_args",
+    "enable",
+    "load_config",
+]
+
+
+def enable(config: Config | str | Path | Mapping[str, object], *, device: torch.device | str | None = None) -> Handle:
+    """Switch on what `config` (a file, a mapping or a Config) asks for; `.disable()` the handle, or use it in `with`.
+
+    Call it once, after Megatron's `initialize_model_parallel` and before the model is built.
+    """
+    from megamem.integrations.megatron_core import enable as enable_megatron_core
+
+    return enable_megatron_core(config, device=device)

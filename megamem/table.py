@@ -14,6 +14,7 @@ from megamem.yamlfile import read_inline
 _MODULE_PATH = re.compile(r"^[A-Za-z_]\w*(\.\w+)+$")
 _PART = re.compile(r"^(?:(?P<all>all)|(?P<end>first|last)\s+(?P<count>\d+)|(?P<start>\d+)(?:\s*-\s*(?P<stop>\d+))?)$")
 _EXAMPLES = '"all", "1-4", "1,3", "first 1" or "last 2"'
+_ROWS = "[{layers: all, fc1: 0.5}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,16 @@ class TableRow:
 class Table:
     """The kind of the option that holds rows; on the command line the rows are inline YAML."""
 
-    metavar = "[{layers: all, fc1: 0.5}]"
+    metavar = "ROWS"
 
     def parse(self, raw: object) -> tuple[TableRow, ...]:
         if isinstance(raw, str):
             try:
                 raw = read_inline(raw) or []
             except ValueError as fault:
-                raise Invalid(f"not YAML: {fault}; write rows such as {self.metavar}") from None
+                raise Invalid(f"not YAML: {fault}; write rows such as {_ROWS}") from None
         if not isinstance(raw, (list, tuple)):
-            raise Invalid(f"{raw!r} is no list of rows; write rows such as {self.metavar}")
+            raise Invalid(f"{raw!r} is no list of rows; write rows such as {_ROWS}")
         rows: list[TableRow] = []
         problems: list[tuple[str, str]] = []
         for index, given in enumerate(raw):
