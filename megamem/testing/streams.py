@@ -49,21 +49,21 @@ class RaceError(MegamemError, AssertionError):
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte of its storage that a tensor takes, and one past the last."""
     item = tensor.element_size()
-    start = tensor.storage_offset() * item
+    start = int(tensor.storage_offset()) * item
     if tensor.numel() == 0:
         return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * item
 
 
 def _poison(tensor: Tensor) -> None:
     start, stop = _span(tensor)
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     whole[start:stop].fill_(POISON)
 
 
 def _poison_storage(tensor: Tensor) -> None:
-    torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(POISON)  # type: ignore[call-overload]
+    torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(POISON)
 
 
 class _Access:
@@ -126,7 +126,7 @@ class _Region:
 
 
 class _Copy:
-    """A copy in a queue, holding exactly one alias of each side; `before` is what the source held when it was issued."""
+    """A copy in a queue: exactly one alias of each side, and what the source held when it was issued."""
 
     __slots__ = ("before", "dst", "src")
 
@@ -275,9 +275,9 @@ class SimulatedDevice(AbstractDevice):
             region = self._regions.pop(key, None)
             for old in region.accesses if region is not None and self._detect else ():
                 if self.compute.clock[old.by] < old.number:
+                    verb = "writes" if old.is_write else "reads"
                     raise RaceError(
-                        f"device memory is given back while {NAMES[old.by]} {'writes' if old.is_write else 'reads'} it: "
-                        "compute has not waited for the copy"
+                        f"device memory is given back while {NAMES[old.by]} {verb} it: compute has not waited for the copy"
                     )
             _poison_storage(group[0])
         self.pump()
@@ -418,8 +418,10 @@ class SimulatedDevice(AbstractDevice):
         region = self._regions.get(storage._cdata)
         if region is None:
             if len(self._regions) % 64 == 63:
-                self._regions = {key: old for key, old in self._regions.items() if not old.key.expired()}
-            region = self._regions[storage._cdata] = _Region(StorageWeakRef(storage))
+                self._regions = {key: old for key, old in self._regions.items() if not old.key.expired()}  # type: ignore[no-untyped-call]
+            region = self._regions[storage._cdata] = _Region(
+                StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            )
         return region
 
     def _access(self, stream: SimulatedStream, tensor: Tensor, is_write: bool, what: str) -> None:
