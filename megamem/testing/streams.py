@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megamem.errors import MegamemError
-from megamem.runtime.activations.streams import AbstractDevice, AbstractEvent, AbstractStream, anonymous_pages
+from megamem.runtime.activations.streams import AbstractDevice, AbstractEvent, AbstractStream, map_pages
 
 Policy = Literal["random", "earliest", "latest"]
 NAMES = ("compute", "to_host", "to_device")
@@ -277,13 +277,13 @@ class SimulatedDevice(AbstractDevice):
                 if self.compute.clock[old.by] < old.number:
                     verb = "writes" if old.is_write else "reads"
                     raise RaceError(
-                        f"device memory is given back while {NAMES[old.by]} {verb} it: compute has not waited for the copy"
+                        f"device memory is given back while {NAMES[old.by]} {verb} it: compute did not wait"
                     )
             _poison_storage(group[0])
         self.pump()
 
     def host_buffer(self, nbytes: int) -> Tensor:
-        memory = anonymous_pages(nbytes)
+        memory = map_pages(nbytes)[0]
         memory.fill_(POISON)
         self._hosts[memory.untyped_storage()._cdata] = memory
         self._region(memory).is_mentioned = True

@@ -141,19 +141,21 @@ class AbstractDevice(ABC):
         """Make the host wait until all three queues are empty: for tests and shutdown."""
 
 
-def anonymous_pages(nbytes: int, alignment: int = mmap.PAGESIZE) -> Tensor:
+def map_pages(nbytes: int, alignment: int = mmap.PAGESIZE) -> tuple[Tensor, memoryview]:
     """`nbytes` > 0 of zeroed private memory as uint8, aligned; pages that are never touched cost nothing.
 
     Not `torch.empty`, which writes to all of it under `torch.use_deterministic_algorithms`. Huge pages are asked for
-    where the system has them. Raises OSError when the address space or the commit limit does not allow it.
+    where the system has them. The view lives as long as the memory is referred to: a finalizer on it that holds
+    `view.obj` runs before the memory is unmapped. Raises OSError when the system does not allow so much.
     """
     pages = mmap.mmap(-1, nbytes + alignment)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages: ordinary ones do
             pages.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    view = memoryview(pages)
+    whole = torch.frombuffer(view, dtype=torch.uint8)
     skip = -whole.data_ptr() % alignment
-    return whole[skip : skip + nbytes]
+    return whole[skip : skip + nbytes], view
 
 
 @final
@@ -224,7 +226,7 @@ class HostDevice(AbstractDevice):
         pass
 
     def host_buffer(self, nbytes: int) -> Tensor:
-        return anonymous_pages(nbytes)
+        return map_pages(nbytes)[0]
 
     def claim_host(self, memory: Tensor) -> None:
         pass
