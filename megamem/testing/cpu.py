@@ -79,6 +79,17 @@ class _DeviceMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _keep_mode_in_backward(ledger: Ledger) -> None:
+    """`Tensor.backward` is itself a function that the mode handles, and a mode is off while it handles one: put it on again."""
+    real = torch.autograd._engine_run_backward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _DeviceMode():
+            return real(*args, **kwargs)
+
+    ledger.set(torch.autograd, "_engine_run_backward", run)
+
+
 class Event:
     """`torch.cuda.Event` on a machine where everything has already happened; it does measure time."""
 
@@ -279,7 +290,7 @@ def _replace_process_groups(ledger: Ledger) -> None:
 
 
 def _replace_megatron(ledger: Ledger) -> None:
-    """The two functions of Megatron that go to the CUDA generator past `torch.cuda`'s public names."""
+    """The two functions of Megatron that go to the CUDA generator past `torch.cuda`'s public names, and one import it forgot."""
     if find_spec("megatron") is None or find_spec("megatron.core") is None:
         return
     import megatron.core.tensor_parallel.random as random
@@ -288,6 +299,12 @@ def _replace_megatron(ledger: Ledger) -> None:
         ledger.set(random, "_set_cuda_rng_state", lambda state, *_args, **_kwargs: _set_state(state))
     if hasattr(random, "_get_cuda_rng_state"):
         ledger.set(random, "_get_cuda_rng_state", _get_state)
+    with contextlib.suppress(ImportError):
+        from megatron.core.transformer.moe import moe_utils
+
+        # 0.16's router reads this name also where Transformer Engine, from which it comes, is not installed.
+        if not hasattr(moe_utils, "te_general_gemm"):
+            ledger.set(moe_utils, "te_general_gemm", None)
     # Its tracker reports every draw inside `fork` as a disturbed CPU generator. Here that generator is meant to be drawn from.
     log, quiet = logging.getLogger(random.__name__), _drop_rng_report
     log.addFilter(quiet)
@@ -341,6 +358,7 @@ class CpuRig:
             _replace_cuda(ledger, self._claim_cuda)
             _replace_tensor_methods(ledger)
             _replace_process_groups(ledger)
+            _keep_mode_in_backward(ledger)
             mode = _DeviceMode()
             mode.__enter__()
             ledger.call_on_undo(lambda: mode.__exit__(None, None, None))

@@ -44,12 +44,17 @@ def emulate_missing_collectives(ledger: Ledger) -> None:
         "allreduce": _average,
         "reduce_scatter": _reduce_scatter_list,
         "_reduce_scatter_base": _reduce_scatter_base,
+        "reduce_scatter_single": _reduce_scatter_base,  # the same two by their names since torch 2.13
         "reduce_scatter_tensor_coalesced": _reduce_scatter_coalesced,
+        "reduce_scatter_single_coalesced": _reduce_scatter_coalesced,
         "alltoall": _all_to_all_list,
     }
     for name, emulation in emulations.items():
         if hasattr(group_class, name):
             ledger.set(group_class, name, _with_fallback(getattr(group_class, name), emulation))
+    for name in ("alltoall_base", "all_to_all_single"):
+        if hasattr(group_class, name):
+            ledger.set(group_class, name, _with_split_lists(getattr(group_class, name)))
 
 
 def _with_fallback(real: Callable[..., Any], emulation: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +67,16 @@ def _with_fallback(real: Callable[..., Any], emulation: Callable[..., Any]) -> C
         return emulation(group, *args, **kwargs)
 
     return collective
+
+
+def _with_split_lists(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's MoE dispatcher turns split sizes into lists on their way from the GPU to the host, so here they stay tensors."""
+
+    def all_to_all(group: dist.ProcessGroup, output: torch.Tensor, input_: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+        rest = tuple(arg.tolist() if isinstance(arg, torch.Tensor) else arg for arg in rest)
+        return real(group, output, input_, *rest, **kwargs)
+
+    return all_to_all
 
 
 def _reduce_op(options: Any) -> tuple[Any, bool]:

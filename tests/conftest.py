@@ -1,0 +1,48 @@
+"""Fixtures of all rooms: forked gloo ranks, and skips that say what is missing."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from megamem.testing.dist import server_pool, start_server, stop_server
+
+HAS_TORCH = find_spec("torch") is not None
+HAS_MEGATRON = HAS_TORCH and find_spec("megatron") is not None and find_spec("megatron.core") is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fork the rank server now, while no test has imported torch yet (see megamem/testing/dist.py)."""
+    if HAS_TORCH:
+        start_server()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the ranks with the session."""
+    stop_server()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    if item.get_closest_marker("megatron") and not HAS_MEGATRON:
+        missing = "megatron-core" if HAS_TORCH else "torch"
+        pytest.skip(f"{missing} is not installed: pip install 'megamem[train]'")
+    if item.get_closest_marker("gpu"):
+        if not HAS_TORCH:
+            pytest.skip("torch is not installed: pip install 'megamem[train]'")
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device (ci/gpu.sh runs these)")
+
+
+@pytest.fixture(scope="session")
+def dist() -> Iterator[Callable[[int], Callable[..., list[Any]]]]:
+    """`dist(2)(function, *args)` runs a module-level function on 2 gloo ranks under the CPU rig; values come back by rank.
+
+    The ranks are kept for the whole session and reset between calls; a failing call raises `RankError` and new ones are forked.
+    """
+    if not HAS_TORCH:
+        pytest.skip("torch is not installed: pip install 'megamem[train]'")
+    yield server_pool
