@@ -1,0 +1,88 @@
+"""Pretrain a GPT on Megatron-Core: the whole of a training job, readable top to bottom.
+
+    python examples/pretrain_gpt.py --data-text FOLDER                                     one rank, GPU or CPU
+    torchrun --nproc-per-node 4 examples/pretrain_gpt.py --data-path PREFIX \
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel \
+        --megamem-activations-policy memo --compare
+
+Two lines are megamem's: `enable`, before the model is built, and `report`, at the end (see `_run`). Without a
+`--megamem*` flag the job is stock Megatron-Core. `--compare` runs both and shows the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import sys
+import warnings
+from typing import Any
+
+from pretrain.arguments import parse
+
+import megamem
+from megamem.config import Config
+
+
+def _run(args: argparse.Namespace, name: str, config: Config, datasets: tuple[Any, Any]) -> Any:
+    """One training run from the seeds on; returns its history."""
+    import torch.distributed as dist
+    from pretrain.launch import activation_meter, set_seeds
+    from pretrain.loop import train
+    from pretrain.model import build_training
+    from pretrain.report import Reporter
+
+    reporter = Reporter(args, name, is_main=dist.get_rank() == 0)
+    set_seeds(args)
+    with contextlib.ExitStack() as stack:
+        stack.callback(reporter.close)
+        handle = stack.enter_context(megamem.enable(config)) if config.enabled else None
+        training = build_training(args)
+        meter = stack.enter_context(activation_meter(args, handle, training.chunks))
+        history = train(args, training, datasets, reporter, meter)
+        if handle is not None:
+            reporter.say(f"\n{handle.report()}")
+    return history
+
+
+def _free() -> None:
+    """Give the first run's memory back before the second begins."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def main() -> int:
+    """Parse, launch, train once or twice; the exit status."""
+    args, config = parse()
+    warnings.filterwarnings("ignore", module="megatron")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+    import torch.distributed as dist
+    from pretrain.launch import job
+
+    with job(args):
+        from pretrain.data import build_datasets
+        from pretrain.report import comparison
+
+        datasets = build_datasets(args)
+        if not args.compare:
+            history = _run(args, "megamem" if config.enabled else "stock", config, datasets)
+            return 130 if history.interrupted else 0
+        stock = _run(args, "stock", Config(), datasets)
+        if stock.interrupted:
+            return 130
+        _free()
+        ours = _run(args, "megamem", config, datasets)
+        text, agree = comparison(stock, ours, args.compare_tolerance)
+        if dist.get_rank() == 0:
+            print(text, flush=True)
+        return 130 if ours.interrupted else int(not agree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
