@@ -32,7 +32,14 @@ from packaging.requirements import Requirement
 from megamem.errors import PatchError
 
 State = Literal[
-    "applicable", "applied", "not installed", "wrong version", "moved", "source changed", "undeclared copies"
+    "applicable",
+    "applied",
+    "not installed",
+    "import fails",
+    "wrong version",
+    "moved",
+    "source changed",
+    "undeclared copies",
 ]
 
 # Where the code that would be imported states its version. It counts more than the metadata: people run checkouts on
@@ -274,9 +281,9 @@ def _locate(patch: Patch, binding: str) -> _Slot:
     except ModuleNotFoundError as fault:
         if fault.name is not None and (module == fault.name or module.startswith(f"{fault.name}.")):
             raise _moved(patch, binding) from fault
-        raise _Refused(
-            "not installed", f"{binding}: importing {module} needs {fault.name}, which is missing"
-        ) from fault
+        raise _Refused("not installed", f"{binding}: importing {module} needs {fault.name}, which is missing") from None
+    except Exception as fault:  # third-party code runs here; whatever it raises, the patch cannot be applied
+        raise _Refused("import fails", f"{binding}: importing {module} fails: {fault!r}") from fault
     try:
         for parent in parents:
             owner = getattr(owner, parent)

@@ -1,0 +1,311 @@
+"""The configuration: one declaration per option, all faults at once, and the same reading of files, flags and calls."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megamem.config import (
+    Activations,
+    Config,
+    TableRow,
+    add_arguments,
+    config_from_args,
+    json_schema,
+    load_config,
+    options_table,
+)
+from megamem.errors import ConfigError, MegamemError
+from megamem.ir.activation import RECOMPUTE, Fate
+from megamem.options import options_of
+
+EVERYTHING = {
+    "policy": "memo",
+    "swap_fraction": "0.123456789",
+    "residual_every": "3",
+    "keep_last_layers": "0",
+    "host_memory": "1.5GiB",
+    "experts": "swap",
+    "table": '[{layers: "1-4,7", fc1: 0.3333333333, mlp.linear_fc2: recompute}, {layers: last 2, qkv: 0.25@hbm}]',
+    "verify": "false",
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "megamem.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(text: str, folder: Path) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text))
+    return caught.value.problems
+
+
+def parse(*flags: str) -> Config:
+    return config_from_args(add_arguments(argparse.ArgumentParser()).parse_args(flags))
+
+
+def test_nothing_is_on_unless_asked_for() -> None:
+    assert load_config() == load_config({}) == Config() == parse()
+    assert Config().enabled == ()
+    assert load_config({"activations": {"policy": "recompute"}}).enabled == ("activations",)
+
+
+def test_everything_reads_as_typed_values() -> None:
+    activations = load_config({"activations": EVERYTHING}).activations
+    assert activations.swap_fraction == 0.123456789
+    assert (activations.residual_every, activations.keep_last_layers) == (3, 0)
+    assert activations.host_memory == 3 << 29
+    assert activations.verify is False
+    first, second = activations.table
+    assert first.fates == {"fc1": Fate(fraction=0.3333333333), "mlp.linear_fc2": RECOMPUTE}
+    assert second.fates["qkv"] == Fate(fraction=0.25, tier="hbm")
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"policy": "recompute"}, {"policy": "ordered", "swap_fraction": 0.5}, EVERYTHING]
+)
+def test_a_resolved_configuration_reads_back(given: dict[str, object], tmp_path: Path) -> None:
+    config = load_config({"activations": given})
+    assert load_config(config.to_dict()) == config
+    assert load_config(config) == config
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_file_mapping_flags_and_python_agree(tmp_path: Path) -> None:
+    flags = [
+        part for name, text in EVERYTHING.items() for part in (f"--megamem-activations-{name}".replace("_", "-"), text)
+    ]
+    from_flags = parse(*flags)
+    assert from_flags == load_config({"megamem": {"activations": EVERYTHING}})
+    assert from_flags == parse("--megamem", str(write(tmp_path, from_flags.to_yaml())))
+    values = {item.name: getattr(from_flags.activations, item.name) for item in options_of(Activations)}
+    assert Config(activations=Activations(**values)) == from_flags
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = str(write(tmp_path, "megamem: {activations: {policy: memo, swap_fraction: 0.5, residual_every: 2}}"))
+    config = parse("--megamem", file, "--megamem-activations-swap-fraction", "0.25")
+    assert (config.activations.swap_fraction, config.activations.residual_every) == (0.25, 2)
+
+
+def test_the_flag_off_always_switches_off(tmp_path: Path) -> None:
+    file = str(write(tmp_path, "megamem: {activations: {policy: memo, swap_fraction: 0.5}}"))
+    assert parse("--megamem", file, "--megamem-activations-policy", "off") == Config()
+
+
+def test_the_rest_of_a_trainers_file_is_tolerated(tmp_path: Path) -> None:
+    text = "trainer: !their/tag {x: 1, x: 2}\nseq: off\nmegamem:\n  activations: {policy: off}\n"
+    assert load_config(write(tmp_path, text)) == Config()
+    assert load_config({"trainer": 1, "megamem": {"activations": {"policy": "off"}}}) == Config()
+
+
+def test_yaml_11_booleans_stand_for_the_words_off(tmp_path: Path) -> None:
+    assert load_config({"activations": {"policy": False}}) == Config()
+    assert load_config(write(tmp_path, "megamem:\n  activations:\n")) == Config()
+    assert load_config(write(tmp_path, "megamem:\n")) == Config()
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    text = """
+megamem:
+  shedule: {name: 1f1b}
+  policy: memo
+  activations:
+    policy: memmo
+    swap_fractoin: 1
+    swap_fraction: 1.5
+    residual_every: 0
+    keep_last_layers: two
+    host_memory: 100GB
+    experts: [keep]
+    verify: yes
+    table:
+      - {layers: "4-1", fc1: 0.5}
+      - {layers: all, fcc1: keep, mlp.linear_fc2: maybe}
+      - {layers: 1,3, experts: 0.5}
+      - {fc1: keep}
+      - {layers: all}
+      - {layers: first 0, fc1: keep}
+      - fc1
+"""
+    assert problems_of(text, tmp_path) == (
+        "shedule: unknown section; valid: activations",
+        "policy: unknown section; did you mean 'activations.policy'?",
+        "activations.policy: 'memmo' is unknown; did you mean 'memo'?",
+        "activations.swap_fractoin: unknown key; did you mean 'swap_fraction'?",
+        "activations.swap_fraction: 1.5 is out of range; give a number from 0 to 1",
+        "activations.residual_every: 0 is out of range; give a whole number of at least 1",
+        "activations.keep_last_layers: 'two' is no whole number; give one of at least 0",
+        "activations.host_memory: '100GB' has the unknown unit 'GB'; did you mean 100GiB?",
+        "activations.experts: ['keep'] is no word; give one of keep, swap, recompute",
+        "activations.verify: 'yes' is neither true nor false",
+        "activations.table[0].layers: '4-1' is backwards; write 1-4",
+        "activations.table[1].fcc1: unknown tensor; did you mean 'fc1'? "
+        "(a module needs its path, such as mlp.linear_fc2)",
+        "activations.table[1].mlp.linear_fc2: 'maybe' is none of keep, swap, recompute, or a fraction such as 0.5 or "
+        "0.5@hbm",
+        'activations.table[2].3: is no tensor; a list of layers is quoted, such as layers: "1,3"',
+        "activations.table[2].experts: 0.5 is a share, and experts are handled whole; give keep, swap or recompute",
+        'activations.table[3]: says no layers; add layers: "all", "1-4", "1,3", "first 1" or "last 2"',
+        "activations.table[4]: names no tensor; add one with its fate, such as fc1: 0.5",
+        'activations.table[5].layers: \'first 0\' names no layers; write "all", "1-4", "1,3", "first 1" or "last 2" '
+        "(the first layer is 1)",
+        "activations.table[6]: 'fc1' is no row; write {layers: all, fc1: 0.5}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("swap_fraction", "nan", "out of range"),
+        ("swap_fraction", "-0.1", "out of range"),
+        ("swap_fraction", "half", "no number"),
+        ("keep_last_layers", "1.5", "no whole number"),
+        ("keep_last_layers", "-1", "out of range"),
+        ("host_memory", "100", "no unit"),
+        ("host_memory", "100G", "did you mean 100GiB"),
+        ("host_memory", "100gib", "did you mean 100GiB"),
+        ("host_memory", "100XB", "units: B, KiB"),
+        ("host_memory", "plenty", "no amount of memory"),
+        ("host_memory", "12B", "only 12 bytes"),
+        ("table", "[{layers: all", "not YAML: line 1"),
+        ("table", "{layers: all, fc1: 0.5}", "no list of rows"),
+        ("table", "[{layers: all, fc1: 1.5}]", "between 0 and 1"),
+        ("table", "[{layers: all, fc1: keep, fc1: swap}]", "given twice"),
+        ("table", "[{layers: all, fc1: !!python/none x}]", "tag"),
+    ],
+)
+def test_values_that_are_refused(name: str, text: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"activations": {"policy": "memo"}}, {f"activations.{name}": text})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"activations.{name}")
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("swap_fraction", True), ("keep_last_layers", True), ("host_memory", 3.5), ("host_memory", True), ("verify", 1)],
+)
+def test_a_value_of_the_wrong_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        load_config({"activations": {"policy": "memo", name: value}})
+    with pytest.raises(ConfigError, match=name):
+        Activations(policy="memo", **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("policy", "name", "value"),
+    [
+        ("recompute", "swap_fraction", 0.5),
+        ("off", "swap_fraction", 0.5),
+        ("recompute", "keep_last_layers", 1),
+        ("off", "residual_every", 2),
+        ("off", "table", [{"layers": "all", "fc1": "keep"}]),
+    ],
+)
+def test_a_setting_without_effect_is_a_contradiction(policy: str, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"activations.{name}: has no effect with policy '{policy}'"):
+        load_config({"activations": {"policy": policy, name: value}})
+    with pytest.raises(ConfigError, match=f"activations.{name}: has no effect with policy '{policy}'"):
+        Activations(policy=policy, **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_setting_without_effect_is_refused_even_at_its_default() -> None:
+    with pytest.raises(ConfigError, match="or remove swap_fraction"):
+        load_config({"activations": {"policy": "recompute", "swap_fraction": 1.0}})
+    assert load_config({"activations": {"policy": "recompute", "keep_last_layers": 0}}).enabled
+
+
+def test_faults_of_the_file_itself(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent.yaml: no such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    cases = {
+        "megamem: {activations: [": "not YAML: line 1",
+        "a: 1\nb: ]\n": "not YAML: line 2, column 4",
+        "trainer: 1": "no megamem: block",
+        "- 1": "no megamem: block",
+        "": "no megamem: block",
+        "megamem: 3": "no mapping of sections",
+        "megamem: {}\nmegamem: {}\n": "line 2: a second megamem: block",
+        "megamem:\n  activations:\n    verify: true\n    verify: false\n": "activations.verify: given twice",
+        "megamem: {activations: {policy: !x memo}}": "tag !x",
+        "megamem: {activations: 3}": "activations: '3' is no mapping of options",
+    }
+    for text, reason in cases.items():
+        assert reason in "\n".join(problems_of(text, tmp_path)), text
+
+
+def test_unknown_overrides_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"activation.policy: unknown option; did you mean 'activations.policy'"):
+        load_config({}, {"activation.policy": "memo"})
+    with pytest.raises(ConfigError, match=r"activations.polcy: unknown key; did you mean 'policy'"):
+        load_config({}, {"activations.polcy": "memo"})
+
+
+def test_a_source_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="not int"):
+        load_config(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no mapping of sections"):
+        load_config({"megamem": "memo.yaml"})
+
+
+def test_config_errors_are_megamem_errors_and_value_errors() -> None:
+    assert issubclass(ConfigError, MegamemError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_rows_name_layers_of_the_whole_model() -> None:
+    def layers(text: str, num_layers: int = 8) -> list[int]:
+        return sorted(TableRow(layers=text).layer_numbers(num_layers))
+
+    assert layers("all", 3) == [1, 2, 3]
+    assert layers("1-3, 5,last 2") == [1, 2, 3, 5, 7, 8]
+    assert layers("first 2") == [1, 2]
+    for text in ("9", "last 9", "3-12"):
+        with pytest.raises(ConfigError, match="the model has 8 layers"):
+            layers(text)
+
+
+def test_every_option_is_in_every_description() -> None:
+    parser = add_arguments(argparse.ArgumentParser(prog="train"))
+    help_text, table = " ".join(parser.format_help().split()), options_table()
+    block = json_schema()["properties"]["megamem"]["properties"]["activations"]["properties"]  # type: ignore[index]
+    assert json.loads(json.dumps(json_schema())) == json_schema()
+    for item in options_of(Activations):
+        assert item.flag("activations") in help_text
+        assert " ".join(item.help.split())[:40] in help_text
+        assert f"| `activations.{item.name}` |" in table
+        assert block[item.name]["description"] == item.help
+        assert item.kind.parse(item.kind.plain(item.default)) == item.default
+    assert set(block) == {item.name for item in dataclasses.fields(Activations)}
+    assert all(line.replace("\\|", "").count("|") == 5 for line in table.splitlines())
+
+
+def test_per_cent_signs_survive_argparse() -> None:
+    """argparse expands every help string when it prints; a bare per-cent sign raises, but only then."""
+    parser = add_arguments(argparse.ArgumentParser())
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        assert formatter._expand_help(action)
+
+
+def test_argument_names_follow_megatrons_style() -> None:
+    parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help", "--megamem"}
+    assert all(flag.startswith("--megamem-activations-") and "_" not in flag for flag in flags)
+    assert parser.parse_args([]).megamem_activations_swap_fraction is None
+
+
+def test_configurations_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().activations = Activations()  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Activations("memo")  # type: ignore[misc]
