@@ -21,7 +21,8 @@ import inspect
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,8 @@ class Patch:
     """One replaced attribute of one third-party module or class.
 
     target:       `package.module:Qual.name` of the binding that callers read.
-    build:        called with the original, returns its replacement (wraps or ignores it); at most 15 lines.
+    build:        called with the original, returns its replacement (wraps or ignores it); at most 15 lines. What it
+                  needs besides, an integration gives it with `bound`, so that no patch keeps state in a module.
     why:          the missing seam, in one sentence.
     supports:     PEP 508 requirement of the patched distribution.
     remove_when:  the upstream change that makes this patch unnecessary.
@@ -64,12 +66,16 @@ class Patch:
     """
 
     target: str
-    build: Callable[[Any], Any]
+    build: Callable[..., Any]
     why: str
     supports: str
     remove_when: str
     source_sha: frozenset[str] = frozenset()
     also: tuple[str, ...] = ()
+
+    def bound(self, *context: object) -> Patch:
+        """The same patch, whose `build` is called with `context` before the original."""
+        return replace(self, build=partial(self.build, *context))
 
     @property
     def bindings(self) -> tuple[str, ...]:

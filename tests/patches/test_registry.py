@@ -296,3 +296,15 @@ def test_the_ledger_holds_every_field() -> None:
     for part in (patch.target, "toy_caller:loss", patch.why, patch.supports, "`a`, `b`", patch.remove_when):
         assert part in text
     assert "## schedule\n\nNo patch" in text
+
+
+def test_context_reaches_the_build_and_two_contexts_are_two_patches(toys: Any) -> None:
+    def counted(calls: list[int], original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x: (calls.append(x), original(x))[1]
+
+    calls: list[int] = []
+    with apply([record("loss", build=counted).bound(calls)]):
+        assert toys.loss(1) == 2
+    assert calls == [1]
+    with pytest.raises(PatchError, match="patched twice"):
+        apply([record("loss", build=counted).bound([]), record("loss", build=counted).bound([])])
