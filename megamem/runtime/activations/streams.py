@@ -29,12 +29,17 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import platform
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
+
+NO_RESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+"""MAP_NORESERVE, which Python 3.11 does not name: an arena that is larger than what will be touched is no mistake."""
 
 
 class AbstractEvent(ABC):
@@ -142,13 +147,23 @@ class AbstractDevice(ABC):
 
 
 def map_pages(nbytes: int, alignment: int = mmap.PAGESIZE) -> tuple[Tensor, memoryview]:
-    """`nbytes` > 0 of zeroed private memory as uint8, aligned; pages that are never touched cost nothing.
+    """`nbytes` > 0 of zeroed private memory as uint8, aligned, or half as much until the system allows it.
+
+    Pages that are never touched cost nothing.
 
     Not `torch.empty`, which writes to all of it under `torch.use_deterministic_algorithms`. Huge pages are asked for
     where the system has them. The view lives as long as the memory is referred to: a finalizer on it that holds
-    `view.obj` runs before the memory is unmapped. Raises OSError when the system does not allow so much.
+    `view.obj` runs before the memory is unmapped. Raises OSError where not even 1 MiB can be had.
     """
-    pages = mmap.mmap(-1, nbytes + alignment)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    while True:
+        try:
+            pages = mmap.mmap(-1, nbytes + alignment, flags=flags)
+            break
+        except OSError:
+            nbytes //= 2
+            if nbytes < 1 << 20:
+                raise
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages: ordinary ones do
             pages.madvise(mmap.MADV_HUGEPAGE)

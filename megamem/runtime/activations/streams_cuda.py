@@ -23,13 +23,14 @@ Importing this module needs no GPU; `CudaDevice()` does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -90,13 +91,16 @@ def _pin(memory: Tensor, slice_nbytes: int) -> list[tuple[int, int]]:
 
 
 def _unpin(
-    pages: Any,
+    pages: mmap.mmap,
     done: Sequence[tuple[int, int]],
     blocks: list[tuple[int, int]],
     block: tuple[int, int],
     index: int,
+    owner: int,
 ) -> None:
     """Undo `_pin`, before `pages`, which this call keeps alive, are unmapped; copies that still run are waited for."""
+    if os.getpid() != owner:
+        return
     blocks.remove(block)
     torch.cuda.synchronize(index)
     for address, _ in done:
@@ -326,15 +330,20 @@ class CudaDevice(AbstractDevice):
         except (OSError, ValueError, OverflowError) as error:
             _log.warning("host memory: %.2f GiB cannot be mapped: %s", nbytes / 2**30, error)
             return nothing
+        pages = view.obj
+        assert isinstance(pages, mmap.mmap)
         with torch.cuda.device(self.index):
             done = _pin(memory, max(SLICE_NBYTES // self.chunk_bytes, 1) * self.chunk_bytes)
         if not done:
             return nothing
+        # A forked data loader neither needs these pages nor should cause them to be copied.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_DONTFORK)
         address = memory.data_ptr()
         usable = sum(size for _, size in done)
         block = (address, address + usable)
         self.blocks.append(block)
-        weakref.finalize(view, _unpin, view.obj, done, self.blocks, block, self.index).atexit = False
+        weakref.finalize(view, _unpin, pages, done, self.blocks, block, self.index, os.getpid()).atexit = False
         return memory[:usable]
 
     def stall_ms(self) -> float:
