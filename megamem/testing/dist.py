@@ -25,7 +25,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import connection, get_context
@@ -186,7 +187,8 @@ def _import_once() -> None:
 
     torch.set_num_threads(1)
     if find_spec("megatron") is not None and find_spec("megatron.core") is not None:
-        import megamem.testing.models  # noqa: F401
+        with warnings.catch_warnings(action="ignore"):  # Megatron says at import what it would rather have
+            import megamem.testing.models  # noqa: F401
 
 
 class _Server:
@@ -281,18 +283,3 @@ def run_ranks(function: Callable[..., Any], nranks: int, /, *args: Any, timeout:
         return _server.request(nranks, False, Call.of(function, args), timeout)
     with RankPool(nranks, timeout=timeout) as pool:
         return pool.run(function, *args)
-
-
-@contextlib.contextmanager
-def one_rank_group() -> Iterator[None]:
-    """A gloo process group of this process alone, for a test that needs Megatron but no second rank."""
-    import torch.distributed as dist
-
-    from megamem.testing._rank import reset_megatron
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        reset_megatron()
-        dist.destroy_process_group()
