@@ -56,11 +56,19 @@ def _free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def _quieten() -> None:
+    """Silence what Megatron says of optional packages that are absent, and PyTorch of names that Megatron still uses."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module="megatron")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
 def main() -> int:
     """Parse, launch, train once or twice; the exit status."""
     args, config = parse()
-    warnings.filterwarnings("ignore", module="megatron")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    _quieten()
 
     import torch.distributed as dist
     from pretrain.launch import job

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def _unwrap(chunk: Any) -> Any:
 def _metadata() -> dict[str, Any]:
     """How optimizer state is laid out: by model parameter, so that it can be read with another parallel layout."""
     return {
-        "distrib_optim_sharding_type": "fully_sharded_model_space",
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -82,6 +84,45 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
     torch.cuda.set_rng_state(state["cuda"])
     torch.set_rng_state(state["torch"])
+
+
+def _adams(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Megatron's optimizers that are built on PyTorch's Adam, each with its Adam."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        (part, part.optimizer) for part in parts if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]
+
+
+def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load, minding the `step` that PyTorch's Adam has for every parameter, and apex's and TE's do not.
+
+    Megatron's distributed optimizer looks for it among the loaded tensors, where it never is, because it travels in
+    the parameter groups; then it makes all parameters share one, which every parameter's update would advance.
+    """
+    for part, _ in _adams(optimizer):
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            part._set_main_param_and_optimizer_states = partial(_set_keeping_step, part)
+    optimizer.load_state_dict(state)
+    for part, adam in _adams(optimizer):
+        vars(part).pop("_set_main_param_and_optimizer_states", None)
+        for entry in adam.state.values():
+            entry["step"] = entry["step"].clone()
+
+
+def _allocate(optimizer: Any) -> None:
+    """Give PyTorch's Adam its state: Megatron names what to load by what is there."""
+    for _, adam in _adams(optimizer):
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            if not adam.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _set_keeping_step(part: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    group, order = part.model_param_group_index_map[model_param]
+    step = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]["step"]
+    type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
 
 
 def _state(args: argparse.Namespace, training: Training, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
@@ -164,11 +205,12 @@ class Checkpoints:
         common = dist_checkpointing.load_common_state_dict(str(folder))
         self._check(folder, common)
         same_layout = common["layout"] == {name: getattr(self._args, name) for name in _LAYOUT}
+        _allocate(training.optimizer)
         state = _state(self._args, training, is_loading=True, with_rng=same_layout)
         loaded = dist_checkpointing.load(state, str(folder))
         for index, chunk in enumerate(training.chunks):
             _unwrap(chunk).load_state_dict(loaded["model" if len(training.chunks) == 1 else f"model{index}"])
-        training.optimizer.load_state_dict(loaded["optimizer"])
+        _load_optimizer(training.optimizer, loaded["optimizer"])
         training.scheduler.load_state_dict(loaded["scheduler"])
         training.iteration, training.consumed = loaded["iteration"], loaded["consumed"]
         if same_layout:
