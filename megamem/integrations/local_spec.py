@@ -44,7 +44,7 @@ def _refuse(what: str) -> UnsupportedError:
     return UnsupportedError(f"megamem's FlashAttention does not support {what}; {_REMEDY}")
 
 
-class FlashAttention(MegatronModule):
+class FlashAttention(MegatronModule):  # type: ignore[misc]  # Megatron is untyped
     """Core attention on `scaled_dot_product_attention`, a drop-in for Megatron's `DotProductAttention`.
 
     Takes query [s, b, np, d], key and value [s, b, ng, d], and returns [s, b, np * d].

@@ -120,7 +120,13 @@ class LayerRule:
     @property
     def is_partial(self) -> bool:
         """Whether any tensor is stored for some tokens and recomputed for others."""
-        return any(fate.is_partial for fate in self.fates.values())
+        return not self.untouched and any(fate.is_partial for fate in self.fates.values())
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether anything is recomputed. Anchors say nothing of it: they are stored to make recomputation cheap."""
+        saved = [fate for name, fate in self.fates.items() if name == SAVED or name not in TENSORS]
+        return not self.untouched and (not self.store_input or any(fate.fraction < 1 for fate in saved))
 
 
 @dataclass(frozen=True, kw_only=True)

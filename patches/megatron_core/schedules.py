@@ -1,5 +1,37 @@
 """Patches of `megatron.core.pipeline_parallel.schedules`."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
 from megamem.patches.registry import Patch
 
-PATCHES: tuple[Patch, ...] = ()
+if TYPE_CHECKING:
+    from megamem.runtime.session import AbstractSession
+
+
+def _bounded(session: AbstractSession, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def forward_backward(*args: Any, **kwargs: Any) -> Any:
+        return session.run_step(original, args, kwargs)
+
+    return forward_backward
+
+
+PATCHES = tuple(
+    Patch(
+        target=f"megatron.core.pipeline_parallel.schedules:{name}",
+        build=_bounded,
+        why="megamem must know where a step ends, to check that every capability took part in the first one; "
+        "get_forward_backward_func looks these names up at every call, so all trainers come through them.",
+        supports="megatron-core>=0.15.3,<0.20",
+        remove_when="Megatron-Core calls a hook at the end of a step.",
+    )
+    for name in (
+        "forward_backward_no_pipelining",
+        "forward_backward_pipelining_without_interleaving",
+        "forward_backward_pipelining_with_interleaving",
+    )
+)

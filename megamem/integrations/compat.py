@@ -1,0 +1,54 @@
+"""The one module that knows how Megatron-Core releases differ. Detected by looking, not by version number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def uses_cuda_graphs(config: Any) -> bool:
+    """Whether layers run inside CUDA graphs, which replay without calling Python.
+
+    0.15 has `enable_cuda_graph` and `external_cuda_graph`; `cuda_graph_impl` came beside them in 0.15 and replaced them.
+    """
+    implementation = getattr(config, "cuda_graph_impl", None)
+    return (
+        bool(getattr(config, "enable_cuda_graph", False))
+        or bool(getattr(config, "external_cuda_graph", False))
+        or implementation not in (None, "none")
+    )
+
+
+def uses_fine_grained_offload(config: Any) -> bool:
+    """Whether Megatron's own module-level offload is on (since 0.16)."""
+    return bool(getattr(config, "fine_grained_activation_offloading", False))
+
+
+def uses_low_precision(config: Any) -> bool:
+    """Whether layers compute in FP8 or FP4 (FP4 since 0.15)."""
+    return bool(getattr(config, "fp8", None)) or bool(getattr(config, "fp4", None))
+
+
+def nvtx_messages() -> list[str]:
+    """Megatron's stack of open NVTX ranges, which an interrupted call leaves unbalanced; empty where there is none."""
+    from megatron.core import utils
+
+    messages: list[str] = getattr(utils, "_nvtx_range_messages", [])
+    return messages
+
+
+def random_state() -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """CPU, GPU and tensor-parallel random states; no host synchronisation: they live on the host."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state(), get_cuda_rng_tracker().get_states()
+
+
+def set_random_state(state: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
+    """Put a state from `random_state` back."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state(state[1])
+    get_cuda_rng_tracker().set_states(state[2])

@@ -1,0 +1,231 @@
+"""Switching megamem on in a process that trains with Megatron-Core: seams first, then patches; undone on request.
+
+    handle = megamem.enable("megamem.yaml")     # after initialize_model_parallel, before the model is built
+    ...
+    handle.disable()
+
+Nothing happens at import. `enable` applies the patches that the configuration needs; what depends on the model (how
+many layers, which dtype, which device) is decided when the first layer is built and when it first runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+import torch
+from torch.nn import Module
+
+from megamem.config import Config, load_config
+from megamem.errors import ConfigError, MissingPackage, NotLiveError, UnsupportedError
+from megamem.host import resolve_host_memory
+from megamem.integrations import compat
+from megamem.integrations.megatron_layer import MegatronLayer
+from megamem.integrations.report import ActivationReport
+from megamem.patches import GROUPS
+from megamem.patches.registry import Applied, apply
+from megamem.planner.activations import plan_activations
+from megamem.runtime.activations.engine import ActivationEngine
+from megamem.runtime.activations.streams import AbstractDevice, HostDevice
+from megamem.runtime.session import AbstractSession
+
+_LOG = logging.getLogger("megamem")
+
+
+def enable(
+    config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None
+) -> Handle:
+    """Switch on what `config` asks for, in this process; every rank calls it.
+
+    `device` replaces the copy queues (a simulator, in tests); by default CUDA's for CUDA tensors, else plain copies.
+    Raises ConfigError where the configuration is wrong or the machine cannot hold it, MissingPackage without
+    Megatron-Core, PatchError where the installed release is not one that megamem knows.
+    """
+    loaded = load_config(config)
+    if not loaded.enabled:
+        return Handle(loaded, None, Applied())
+    try:
+        from megatron.core import parallel_state
+    except ImportError as error:
+        raise MissingPackage('megamem.enable needs megatron-core; pip install "megamem[train]"') from error
+    if not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("call megamem.enable after megatron.core.parallel_state.initialize_model_parallel")
+    session = Session(loaded, _agreed_host_memory(loaded, parallel_state), device)
+    patches = [patch.bound(session) for name in loaded.enabled for patch in GROUPS[name]]
+    return Handle(loaded, session, apply(patches))
+
+
+def _agreed_host_memory(config: Config, parallel_state: Any) -> int:
+    """Bytes of host memory for this rank; the least of its tensor-parallel group, whose ranks must store alike."""
+    wanted = resolve_host_memory(config.activations.host_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return _least(wanted, parallel_state.get_tensor_model_parallel_group())
+
+
+def _least(number: int, group: Any) -> int:
+    on_gpu = torch.distributed.get_backend(group) == "nccl"
+    value = torch.tensor([number], dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MIN, group=group)
+    return int(value.item())
+
+
+@final
+class Session(AbstractSession):
+    """What Megatron's patched functions call."""
+
+    def __init__(self, config: Config, host_nbytes: int, device: AbstractDevice | None) -> None:
+        self.config, self.host_nbytes = config, host_nbytes
+        self.engine: ActivationEngine | None = None
+        self._device = device
+        self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
+        self._num_built = 0
+        self._has_checked = False
+        self.undo: list[Callable[[], None]] = []
+
+    def on_layer_built(self, layer: Module) -> None:
+        self._num_built += 1
+        check_layer(layer, self.config)
+        if self.config.activations.experts == "recompute" and getattr(layer, "is_moe_layer", False):
+            self._checkpoint_experts(layer)
+
+    def run_layer(self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self._layers.get(layer)
+        if known is None:
+            check_layer(layer, self.config)
+            known = self._layers[layer] = MegatronLayer(layer)
+        if self.engine is None:
+            self.engine = self._build_engine(layer, known.hidden(args, kwargs))
+        return self.engine.forward(known, _Bound(forward, layer), args, kwargs)
+
+    def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = step(*args, **kwargs)
+        if kwargs.get("forward_only", False):
+            return result
+        if self.engine is not None:
+            self.engine.end_step()
+        if not self._has_checked:
+            self._has_checked = True
+            self.check_live()
+        return result
+
+    def check_live(self) -> None:
+        """Raise NotLiveError on every rank if no rank's layers went through the engine, or if this rank's did not."""
+        is_live = self.engine is not None and self.engine.is_live
+        anywhere = -_least(-int(is_live), None)
+        if not anywhere or (self._num_built and not is_live):
+            raise NotLiveError(
+                f"activations.policy is {self.config.activations.policy}, a step has run, and no TransformerLayer of "
+                f"{'any rank' if not anywhere else 'this rank'} went through megamem. Is the model made of layers with a "
+                "forward of their own, or was megamem disabled? Set activations.policy: off to go on without"
+            )
+
+    def _build_engine(self, layer: Any, hidden: torch.Tensor) -> ActivationEngine:
+        options = self.config.activations
+        plan = plan_activations(options, layer.config.num_layers)
+        device = self._device or _device_of(hidden)
+        return ActivationEngine(plan, device, self.host_nbytes, verify=options.verify)
+
+    def _checkpoint_experts(self, layer: Any) -> None:
+        """Megatron's own checkpoint of the MoE layer, as its `--recompute-modules moe` switches it on."""
+        experts = layer.mlp
+        if not hasattr(experts, "moe_layer_recompute"):
+            raise UnsupportedError(f"activations.experts: recompute is not possible with {type(experts).__name__}")
+        before = experts.moe_layer_recompute
+        experts.moe_layer_recompute = True
+        self.undo.append(lambda: setattr(experts, "moe_layer_recompute", before))
+
+
+class _Bound:
+    """A layer's unpatched forward: not a bound method, so that whoever holds it for a replay can be told apart."""
+
+    __slots__ = ("forward", "layer")
+
+    def __init__(self, forward: Callable[..., Any], layer: Module) -> None:
+        self.forward, self.layer = forward, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(self.layer, *args, **kwargs)
+
+
+class Handle:
+    """megamem, switched on. `disable()`, or leaving the `with` block, restores Megatron exactly."""
+
+    def __init__(self, config: Config, session: Session | None, applied: Applied) -> None:
+        self.config = config
+        self._session, self._applied = session, applied
+
+    def disable(self) -> None:
+        """Restore what was patched; to be called between steps. A second call does nothing."""
+        self._applied.revert()
+        if self._session is not None:
+            while self._session.undo:
+                self._session.undo.pop()()
+
+    @property
+    def engine(self) -> ActivationEngine | None:
+        """The activation engine of this rank, once a layer has run."""
+        return self._session.engine if self._session is not None else None
+
+    def report(self) -> ActivationReport:
+        """What the capabilities did on this rank so far; prints as a table."""
+        return ActivationReport.of(self.config, self.engine)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.disable()
+
+
+def _device_of(hidden: torch.Tensor) -> AbstractDevice:
+    if hidden.device.type == "cuda":
+        from megamem.runtime.activations.streams_cuda import CudaDevice
+
+        return CudaDevice(hidden.device)
+    return HostDevice()
+
+
+def check_layer(layer: Any, config: Config) -> None:
+    """Refuse a layer whose settings do not go with the activation options. Raises UnsupportedError with every reason."""
+    problems = list(_conflicts(layer, layer.config, config))
+    if problems:
+        raise UnsupportedError(f"activations.policy: {config.activations.policy}: " + "; ".join(problems))
+
+
+def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
+    options = config.activations
+    plan = plan_activations(options, model.num_layers)
+    problems = []
+    if compat.uses_cuda_graphs(model):
+        problems.append("CUDA graphs replay a layer without calling Python; set cuda_graph_impl to none")
+    if compat.uses_fine_grained_offload(model):
+        problems.append(
+            "Megatron's fine-grained activation offloading installs saved-tensor hooks of its own, and only the innermost "
+            "pair runs; switch fine_grained_activation_offloading off"
+        )
+    if getattr(model, "cpu_offloading", False):
+        problems.append("Megatron's cpu_offloading does the same with whole layers; switch it off")
+    if model.recompute_granularity == "full":
+        problems.append(
+            "recompute_granularity full runs every layer twice, attention included; use selective, or none "
+            "(policy recompute needs as little memory and does not run attention again)"
+        )
+    if getattr(model, "overlap_moe_expert_parallel_comm", False):
+        problems.append("overlap_moe_expert_parallel_comm runs the parts of a layer on its own schedule; switch it off")
+    dropout = max(layer.hidden_dropout, model.attention_dropout)
+    if dropout > 0 and any(rule.is_partial for rule in plan.rules):
+        problems.append(
+            f"a fraction strictly between 0 and 1 cannot be combined with dropout {dropout:g}, which draws its random "
+            "numbers for all tokens at once; set the fraction to 0 or 1, or dropout to 0"
+        )
+    if compat.uses_low_precision(model) and any(rule.recomputes for rule in plan.rules):
+        problems.append(
+            "FP8 and FP4 tensors are swapped whole, since scales belong to all tokens; use policy memo with swap_fraction 1"
+        )
+    if type(layer.cross_attention).__name__ != "IdentityOp":
+        problems.append("layers with cross attention are not supported")
+    return problems

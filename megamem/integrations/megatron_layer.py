@@ -1,0 +1,146 @@
+"""Megatron-Core's `TransformerLayer`, as the activation engine wants to see it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from megamem.errors import UnsupportedError
+from megamem.integrations import compat
+from megamem.ir.activation import ANCHORS
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
+
+_ATTENTION = "self_attention.core_attention"
+_ANCHORS = dict(zip(ANCHORS, ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"), strict=True))
+_DEPTH = 2  # parts are the layer's submodules and theirs
+
+
+@final
+class MegatronLayer(AbstractLayer):
+    """One `TransformerLayer` (or subclass that calls its forward).
+
+    Tokens are dimension 0 of hidden states [s, b, h]. Under sequence parallelism s counts this rank's shard, and what
+    column-parallel layers return holds the shards of all tensor-parallel ranks one behind the other.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self._module: Any = module
+        config = self._module.config
+        self._experts = "mlp" if getattr(module, "is_moe_layer", False) else None
+        self._parts = dict(_parts(module, self._experts))
+        self._anchors = {name: path for name, path in _ANCHORS.items() if path in self._parts}
+        self._blocks = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._names = list(inspect.signature(self._module._forward_attention).parameters)
+
+    @property
+    def number(self) -> int:
+        return int(self._module.layer_number)
+
+    @property
+    def parts(self) -> Mapping[str, Module]:
+        return self._parts
+
+    @property
+    def attention(self) -> str | None:
+        return _ATTENTION if _ATTENTION in self._parts else None
+
+    @property
+    def anchors(self) -> Mapping[str, str]:
+        return self._anchors
+
+    @property
+    def experts(self) -> str | None:
+        return self._experts
+
+    @property
+    def token_blocks(self) -> int:
+        return int(self._blocks)
+
+    @property
+    def has_dropout(self) -> bool:
+        config = self._module.config
+        return bool(self._module.training and (self._module.hidden_dropout > 0 or config.attention_dropout > 0))
+
+    def only_whole(self, args: Args, kwargs: Kwargs) -> str | None:
+        if self.has_dropout:
+            return "dropout draws its random numbers for all tokens at once"
+        if self._named(args, kwargs).get("packed_seq_params") is not None:
+            return "packed sequences number their tokens from the start of each sequence"
+        return None
+
+    def parameter_storages(self) -> frozenset[int]:
+        module = self._module
+        return frozenset(t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()))
+
+    def hidden(self, args: Args, kwargs: Kwargs) -> Tensor:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden
+
+    def without_hidden(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        named = self._named(args, kwargs)
+        del named["hidden_states"]
+        return (), named
+
+    def cut(self, args: Args, kwargs: Kwargs, hidden: Tensor, start: int, stop: int) -> tuple[Args, Kwargs]:
+        named = self._named(args, kwargs)
+        named["hidden_states"] = hidden
+        rotary = named.get("rotary_pos_emb")
+        if isinstance(rotary, tuple):
+            named["rotary_pos_emb"] = tuple(self._cut_rotary(part, start, stop) for part in rotary)
+        elif rotary is not None:
+            named["rotary_pos_emb"] = self._cut_rotary(rotary, start, stop)
+        return (), named
+
+    def output(self, result: Any) -> Tensor:
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+    def random_state(self) -> Any:
+        return compat.random_state()
+
+    def set_random_state(self, state: Any) -> None:
+        compat.set_random_state(state)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        messages = compat.nvtx_messages()
+        depth = len(messages)
+        try:
+            yield
+        finally:
+            while len(messages) > depth:
+                messages.pop()
+                torch.cuda.nvtx.range_pop()
+
+    def _named(self, args: Args, kwargs: Kwargs) -> Kwargs:
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _cut_rotary(self, rotary: Tensor, start: int, stop: int) -> Tensor:
+        """Rotary angles [tokens of all blocks, 1, 1, d] of a token range."""
+        per_block = rotary.shape[0] // self._blocks
+        if stop > per_block:
+            raise UnsupportedError(
+                f"layer {self.number}: rotary embedding for {rotary.shape[0]} positions does not cover "
+                f"{self._blocks} x {stop} tokens"
+            )
+        if start == 0 and stop == per_block:
+            return rotary
+        return rotary.unflatten(0, (self._blocks, per_block))[:, start:stop].flatten(0, 1)
+
+
+def _parts(layer: Module, experts: str | None) -> Iterator[tuple[str, Module]]:
+    """The submodules worth watching: two levels of them, and nothing inside the experts."""
+    for path, module in layer.named_modules():
+        inside_experts = experts is not None and path.startswith(experts + ".")
+        if path and path.count(".") < _DEPTH and not inside_experts and not _is_identity(module):
+            yield path, module
+
+
+def _is_identity(module: Module) -> bool:
+    return type(module).__name__ in ("IdentityOp", "IdentityFuncOp")

@@ -1,0 +1,77 @@
+"""What megamem did, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamem.config import Config
+from megamem.runtime.activations.engine import ActivationEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationReport:
+    """Totals of one rank. Bytes are per step, over all its microbatches, where steps have run."""
+
+    policy: str
+    num_steps: int = 0
+    kept_nbytes: int = 0
+    swapped_nbytes: int = 0
+    recomputed_nbytes: int = 0
+    replayed_tokens: int = 0
+    peak_retained_nbytes: int = 0
+    peak_staging_nbytes: int = 0
+    host_nbytes: int = 0
+    host_capacity_nbytes: int = 0
+    stall_ms: float = 0.0
+    num_without_room: int = 0
+    num_unplanned: int = 0
+
+    @classmethod
+    def of(cls, config: Config, engine: ActivationEngine | None) -> ActivationReport:
+        """The report of an engine; all zero where none has run."""
+        policy = config.activations.policy
+        if engine is None:
+            return cls(policy=policy)
+        stats, ledger, arena = engine.stats, engine.courier.ledger, engine.courier.arena
+        steps = max(stats.num_steps, 1)
+        return cls(
+            policy=policy,
+            num_steps=stats.num_steps,
+            kept_nbytes=stats.kept_nbytes // steps,
+            swapped_nbytes=stats.swapped_nbytes // steps,
+            recomputed_nbytes=stats.recomputed_nbytes // steps,
+            replayed_tokens=stats.replayed_tokens // steps,
+            peak_retained_nbytes=stats.retained.peak,
+            peak_staging_nbytes=ledger.peak_staging_nbytes,
+            host_nbytes=arena.peak,
+            host_capacity_nbytes=arena.capacity,
+            stall_ms=engine.device.stall_ms() / steps,
+            num_without_room=stats.num_without_room,
+            num_unplanned=stats.num_unplanned,
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), ready to print."""
+        rows = [
+            ("policy", self.policy),
+            ("kept in device memory, per step", _mib(self.kept_nbytes)),
+            ("swapped to host memory, per step", _mib(self.swapped_nbytes)),
+            ("recomputed, per step", f"{_mib(self.recomputed_nbytes)} ({self.replayed_tokens} layer tokens)"),
+            ("peak kept at once", _mib(self.peak_retained_nbytes)),
+            ("peak in staging buffers", _mib(self.peak_staging_nbytes)),
+            ("host memory, peak of budget", f"{_mib(self.host_nbytes)} of {_mib(self.host_capacity_nbytes)}"),
+            ("compute stalled on copies, per step", f"{self.stall_ms:.1f} ms"),
+        ]
+        if self.num_without_room:
+            rows.append(("layer runs without room on the host", str(self.num_without_room)))
+        if self.num_unplanned:
+            rows.append(("layer runs left alone (shapes changed)", str(self.num_unplanned)))
+        return rows
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in self.rows())
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"

@@ -1,0 +1,291 @@
+"""The activation engine: keep, swap or recompute what every transformer layer saves, token range by token range.
+
+Source: MEMO (arXiv 2407.12117) swaps layer input and attention output of every layer, one fraction of the tokens of all
+other saved tensors, and rebuilds the rest before the layer's backward pass. We deviate in four ways:
+each tensor has a fraction of its own (sections 3 and 4 of its facts give the densities), outputs of element-wise
+operations are rebuilt from stored GEMM outputs, the input of a layer may be rebuilt from the layer before
+(`residual_every`), and what is rebuilt is learned from the layer itself instead of being written down for GPT.
+
+One engine serves all layers of all model chunks of a rank. It is told of a layer's call by its integration and holds no
+reference to the model. The order in which backward passes come is learned from the steps (`order.py`), so that the next
+layer's activations are on their way while this one's backward pass computes, across microbatches and chunks too.
+
+Known weakness: the forward hooks that other code has on submodules run again in each replay, on a part of the tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamem.errors import UnsupportedError
+from megamem.ir.activation import EXPERTS, ActivationPlan, LayerRule
+from megamem.runtime.activations.capture import Capture, Packed
+from megamem.runtime.activations.geometry import Geometry, compact, region_of
+from megamem.runtime.activations.host_arena import HostArena
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
+from megamem.runtime.activations.order import BackwardOrder
+from megamem.runtime.activations.parcels import Courier
+from megamem.runtime.activations.recipe import Recipe, Room, Situation, make_recipe
+from megamem.runtime.activations.run import Entry, LayerRun, Piece, Shipment
+from megamem.runtime.activations.signature import Signature, check_replayable, learn, survey
+from megamem.runtime.activations.stats import ActivationStats
+from megamem.runtime.activations.streams import AbstractDevice
+
+_LOG = logging.getLogger("megamem")
+_ROOMS: tuple[Room, ...] = ("all", "base", "none")
+
+SignatureKey = tuple[int, torch.Size, torch.dtype, bool]
+
+
+class ActivationEngine:
+    """Carries out an activation plan on one rank.
+
+    device:        where activations live, and its copy queues.
+    host_nbytes:   host memory for swapped activations, reserved when first needed.
+    verify:        refuse layers whose replay does not reproduce what they saved (see `signature.py`).
+    """
+
+    def __init__(self, plan: ActivationPlan, device: AbstractDevice, host_nbytes: int, *, verify: bool = True) -> None:
+        self.plan, self.device, self.verify = plan, device, verify
+        rules = [rule for rule in plan.rules if not rule.untouched]
+        self.base_apart = any(not rule.store_input for rule in rules)
+        # Experts' tensors change size with the routing, differently on every rank. They get host memory of their own,
+        # so that ranks of a tensor-parallel group never disagree on what fits, and so on what they replay together.
+        swaps_experts = any(rule.fates[EXPERTS].tier == "host" and rule.fates[EXPERTS].fraction > 0 for rule in rules)
+        shares = 2 if swaps_experts else 1
+        self.courier = Courier(device, HostArena(device, host_nbytes // shares))
+        self.expert_courier = Courier(device, HostArena(device, host_nbytes // shares)) if swaps_experts else None
+        self.stats = ActivationStats()
+        self.order = BackwardOrder()
+        self._signatures: dict[SignatureKey, Signature] = {}
+        self._recipes: dict[tuple[SignatureKey, Situation], Recipe] = {}
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[LayerRun]] | None = None
+        self._has_warned_of_room = False
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, layer: AbstractLayer, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """Run a layer's forward (`call`) so that its activations go where the plan says.
+
+        Raises UnsupportedError where the layer cannot do what the plan asks for.
+        """
+        if not torch.is_grad_enabled():
+            return call(*args, **kwargs)
+        rule = self.plan.rule(layer.number)
+        self._retire()
+        hidden = layer.hidden(args, kwargs)
+        run = LayerRun(self, layer, call, args, kwargs, self._previous(hidden))
+        if rule.untouched:
+            result = call(*args, **kwargs)
+            self.stats.num_untouched += 1
+        else:
+            _refuse_outer_hooks(layer)
+            result = self._captured(run, rule, call, args, kwargs, hidden)
+        self._link(run, layer.output(result))
+        return result
+
+    def _captured(
+        self, run: LayerRun, rule: LayerRule, call: Callable[..., Any], args: Args, kwargs: Kwargs, hidden: Tensor
+    ) -> Any:
+        layer = run.layer
+        key = (layer.number, hidden.shape, hidden.dtype, hidden.requires_grad)
+        signature = self._signatures.get(key)
+        capture = Capture(layer, learning=signature is None)
+        result = capture.run(call, args, kwargs)
+        fixed, routed = capture.split()
+        if signature is None:
+            signature = self._learn(capture, fixed, hidden, args, kwargs, call, rule)
+            self._signatures[key] = signature
+        self.stats.num_runs += 1
+        if not signature.matches(fixed):
+            self._leave_alone(capture.packed, key, layer)
+            return result
+        self._seal(run, rule, capture, fixed, key, signature, hidden)
+        self._seal_experts(run, rule, routed)
+        self.stats.kept_nbytes += run.kept_nbytes
+        self.stats.retained.add(run.kept_nbytes)
+        return result
+
+    def _learn(
+        self,
+        capture: Capture,
+        fixed: list[Packed],
+        hidden: Tensor,
+        args: Args,
+        kwargs: Kwargs,
+        call: Callable[..., Any],
+        rule: LayerRule,
+    ) -> Signature:
+        """Find out what the layer saves; refuse it if the rule wants more than can be replayed."""
+        needs_replay = rule.recomputes or self.base_apart
+        try:
+            signature = learn(capture, fixed, hidden, args, kwargs, call)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            if needs_replay:
+                raise UnsupportedError(
+                    f"layer {capture.layer.number} cannot be replayed on a part of its tokens "
+                    f"({type(error).__name__}: {error}); use activations.policy: memo with swap_fraction: 1"
+                ) from error
+            _LOG.info("layer %d can be swapped but not replayed: %s", capture.layer.number, error)
+            return survey(capture, fixed, hidden)[0]
+        if needs_replay and self.verify:
+            check_replayable(signature, capture.layer)
+        return signature
+
+    def _seal(
+        self,
+        run: LayerRun,
+        rule: LayerRule,
+        capture: Capture,
+        fixed: list[Packed],
+        key: SignatureKey,
+        signature: Signature,
+        hidden: Tensor,
+    ) -> None:
+        """Store what the rule stores; where host memory is full, recompute what can be and keep the rest."""
+        store_input = rule.store_input or not _can_rebuild(run.previous)
+        for room in _ROOMS:
+            situation = Situation(
+                tokens=run.tokens,
+                room=room,
+                store_input=store_input,
+                input_is_held=hidden.is_leaf,
+                keep_base=self.base_apart and run.layer.experts is None,
+            )
+            recipe = self._recipes.get((key, situation))
+            if recipe is None:
+                recipe = self._recipes[key, situation] = make_recipe(signature, rule, run.layer, situation)
+            if run.seal(capture, fixed, signature, recipe, hidden):
+                break
+            self.stats.num_without_room += 1
+            self._warn_of_room(run.layer.number, room)
+        self.stats.swapped_nbytes += sum(shipment.parcel.nbytes for shipment in run.shipments)
+        self.stats.num_replayed_layers += bool(recipe.segments)
+
+    def _seal_experts(self, run: LayerRun, rule: LayerRule, routed: list[Packed]) -> None:
+        """Experts' tensors: left where they are, or sent away whole."""
+        regions = {}
+        for note in routed:
+            region = None
+            if self.expert_courier is not None and note.tensor.untyped_storage().nbytes():
+                is_parameter = note.tensor.untyped_storage().data_ptr() in run.layer.parameter_storages()
+                region = None if is_parameter or note.tensor.dim() == 0 else region_of(note.tensor)
+            if region is None:
+                note.handle.keep(note.tensor, note.version)
+            else:
+                regions.setdefault(region, []).append(note)
+        if not regions or self.expert_courier is None:
+            return
+        flats = [compact(notes[0].tensor.detach(), region) for region, notes in regions.items()]
+        parcel = self.expert_courier.store(flats, run.version_check(flats))
+        if parcel is None:
+            self.stats.num_without_room += 1
+            self._warn_of_room(run.layer.number, "experts")
+            for notes in regions.values():
+                for note in notes:
+                    note.handle.keep(note.tensor, note.version)
+            return
+        pieces = []
+        for region, notes in regions.items():
+            entry = Entry(run)
+            pieces.append(Piece("expert", len(run.expert_entries), None, 0))
+            run.expert_entries.append(entry)
+            for note in notes:
+                note.handle.entry, note.handle.geometry = entry, Geometry.of(note.tensor, region)
+        run.expert_shipment = Shipment(parcel, pieces, is_base=False)
+        self.stats.swapped_nbytes += parcel.nbytes
+
+    def _leave_alone(self, packed: list[Packed], key: SignatureKey, layer: AbstractLayer) -> None:
+        """The layer saved other tensors than when it was learned: keep them all this time, and learn it anew."""
+        for note in packed:
+            note.handle.keep(note.tensor, note.version)
+        del self._signatures[key]
+        for known in [known for known in self._recipes if known[0] == key]:
+            del self._recipes[known]
+        self.stats.num_unplanned += 1
+        if self.stats.num_unplanned == 1:
+            _LOG.warning(
+                "layer %d saves other tensors than before; they are kept in device memory this once", layer.number
+            )
+
+    def _warn_of_room(self, number: int, room: str) -> None:
+        if not self._has_warned_of_room:
+            self._has_warned_of_room = True
+            _LOG.warning(
+                "host memory for activations is full at layer %d: what does not fit is recomputed or stays in device "
+                "memory (activations.host_memory is %d MiB; %s)",
+                number,
+                self.courier.arena.capacity >> 20,
+                room,
+            )
+
+    # -- order -----------------------------------------------------------------------------------------------------
+
+    def _previous(self, hidden: Tensor) -> LayerRun | None:
+        """The run whose output is this layer's input: known by the tensor itself, whoever passes it on."""
+        if self._last is None:
+            return None
+        output, run = self._last[0](), self._last[1]()
+        return run if output is hidden else None
+
+    def _link(self, run: LayerRun, output: Tensor) -> None:
+        self._last = (weakref.ref(output), weakref.ref(run))
+        self.order.on_forward(run, run.previous)
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(run.begin)
+
+    def on_begin(self, run: LayerRun) -> None:
+        """A layer's backward pass starts: fetch what the next one needs, and let go of what has been copied."""
+        for later in self.order.next_after(run):
+            later.fetch()
+        self._retire()
+
+    def on_back(self, run: LayerRun) -> None:
+        """A layer has everything back; autograd frees it as its backward pass goes on."""
+        self.stats.retained.add(-run.kept_nbytes)
+
+    def _retire(self) -> None:
+        self.courier.retire()
+        if self.expert_courier is not None:
+            self.expert_courier.retire()
+
+    def end_step(self) -> None:
+        """A training step is over: give back the last staging buffers, and start the order of backward passes anew."""
+        self.courier.flush()
+        if self.expert_courier is not None:
+            self.expert_courier.flush()
+        self.order.end_step()
+        self._last = None
+        self.stats.num_steps += 1
+
+    @property
+    def is_live(self) -> bool:
+        """Whether any layer has gone through the engine."""
+        return self.stats.num_runs + self.stats.num_untouched > 0
+
+
+def _can_rebuild(previous: LayerRun | None) -> bool:
+    """Whether a layer's output can be made again from what is stored of it."""
+    return (
+        previous is not None
+        and previous.recipe is not None
+        and previous.recipe.needs_base
+        and previous.layer.experts is None
+    )
+
+
+def _refuse_outer_hooks(layer: AbstractLayer) -> None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise UnsupportedError(
+            f"layer {layer.number} runs inside somebody else's saved-tensor hooks (save_on_cpu, non-reentrant "
+            "checkpointing, Megatron's fine-grained offload). Only the innermost pair of hooks sees a tensor, so the two "
+            "cannot be combined: switch one off"
+        )

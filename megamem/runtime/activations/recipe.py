@@ -1,0 +1,215 @@
+"""From a rule (fates by name) and a signature (what a layer saves) to numbers: what is stored, what each replay brings.
+
+    tokens     0          n1              n2                 s
+    entry A    |---------------- stored --------------------|
+    entry B    |-- stored -|.......... replayed .............|
+    anchor C   |------- stored ------------|.................|
+    replays                |-- segment 1 --|--- segment 2 ---|
+                            (C answered)     (C run)
+
+The token axis is cut wherever an entry or an anchor stops being stored. Within a segment everything is either stored or
+not, so each segment is one replay with a fixed set of answered modules. With equal fractions there is one segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megamem.errors import UnsupportedError
+from megamem.ir.activation import BASE, Fate, LayerRule, Tier
+from megamem.runtime.activations.geometry import TokenAxis
+from megamem.runtime.activations.layer import AbstractLayer
+from megamem.runtime.activations.replay import PackKey
+from megamem.runtime.activations.signature import EntrySpec, Signature, Source, is_inside
+
+
+Room = Literal["all", "base", "none"]
+"""What host memory still has room for: everything that the rule sends there, the base alone, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPlan:
+    """What becomes of one entry: its first `tokens` tokens are stored in `tier`, the rest is replayed."""
+
+    index: int
+    name: str
+    tokens: int
+    whole: bool  # stored with every token, no slicing
+    tier: Tier
+    axis: TokenAxis | None
+    source: Source | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorPlan:
+    """How much of an anchor's output is stored, and where."""
+
+    name: str
+    path: str
+    tokens: int
+    tier: Tier
+    axis: TokenAxis
+
+
+@dataclass(slots=True)
+class Segment:
+    """One replay: tokens [start, stop), the anchors answered, the entries wanted and where they come by."""
+
+    start: int
+    stop: int
+    answered: tuple[AnchorPlan, ...]
+    on_pack: dict[PackKey, list[tuple[int, Source]]] = field(default_factory=dict)
+    on_input: dict[str, list[tuple[int, Source]]] = field(default_factory=dict)
+    wanted: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Recipe:
+    """Everything decided for one layer, one rule and one input shape."""
+
+    entries: list[EntryPlan]
+    anchors: list[AnchorPlan]
+    segments: list[Segment]
+    input_tier: Tier
+    attention_tier: Tier
+    store_input: bool
+    needs_base: bool  # whether layer input and attention output are asked for, apart from autograd's own use
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens that some replay runs over."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a recipe depends on besides the rule and the signature."""
+
+    tokens: int
+    room: Room = "all"
+    store_input: bool = True
+    input_is_held: bool = False  # by whoever made it (a pipeline's receive buffer): moving it would free nothing
+    keep_base: bool = False  # the next layer may ask for this layer's output (sparse residuals)
+
+
+def make_recipe(signature: Signature, rule: LayerRule, layer: AbstractLayer, situation: Situation) -> Recipe:
+    """Decide what a layer stores. Where host memory has no room, what would have gone there is recomputed where it can
+    be and otherwise kept in device memory.
+
+    Raises UnsupportedError where a fraction of the tokens is asked for but only all of them can be replayed.
+    """
+    return _Maker(signature, rule, layer, situation).make()
+
+
+class _Maker:
+    def __init__(self, signature: Signature, rule: LayerRule, layer: AbstractLayer, situation: Situation) -> None:
+        self.signature, self.rule, self.layer, self.situation = signature, rule, layer, situation
+        self.tokens, self.room = situation.tokens, situation.room
+
+    def make(self) -> Recipe:
+        usable = self._usable_anchors()
+        anchors = [plan for name in usable if (plan := self._anchor(name)) is not None]
+        entries = [self._entry(index, spec) for index, spec in enumerate(self.signature.entries)]
+        segments = self._segments(entries, anchors)
+        return Recipe(
+            entries=entries,
+            anchors=anchors if segments else [],
+            segments=segments,
+            input_tier=self._base_tier("layer_input"),
+            attention_tier=self._base_tier("attention_output"),
+            store_input=self.situation.store_input,
+            needs_base=bool(segments) or self.situation.keep_base,
+        )
+
+    def _base_tier(self, name: str) -> Tier:
+        if self.room == "none" or (name == "layer_input" and self.situation.input_is_held):
+            return "hbm"
+        return self.rule.fates[name].tier
+
+    def _tier(self, fate: Fate) -> Tier:
+        return fate.tier if self.room == "all" else "hbm"
+
+    def _stored(self, fate: Fate) -> int:
+        """How many tokens of something with this fate are stored."""
+        if fate.tier == "host" and self.room != "all":
+            return 0
+        if fate.is_partial and self.signature.whole_only:
+            raise UnsupportedError(
+                f"layer {self.layer.number}: a fraction of {fate.fraction:g} is not possible: {self.signature.whole_only}; "
+                "use a fraction of 0 or 1"
+            )
+        return fate.num_tokens(self.tokens)
+
+    def _usable_anchors(self) -> list[str]:
+        """Anchors that can be left out of a replay: nothing is saved inside them that only running them brings."""
+        usable = []
+        for name, anchor in self.signature.anchors.items():
+            inside = [
+                entry
+                for entry in self.signature.entries
+                if entry.sources
+                and all(source.pack is not None and is_inside(source.pack[0], anchor.path) for source in entry.sources)
+            ]
+            if not inside:
+                usable.append(name)
+        return usable
+
+    def _anchor(self, name: str) -> AnchorPlan | None:
+        spec, fate = self.signature.anchors[name], self.rule.fates[name]
+        stored = self._stored(fate)
+        return AnchorPlan(name, spec.path, stored, self._tier(fate), spec.axis) if stored else None
+
+    def _entry(self, index: int, spec: EntrySpec) -> EntryPlan:
+        if spec.name == "layer_input" and not self.situation.store_input:
+            return EntryPlan(index, spec.name, 0, False, "hbm", None, None)
+        if spec.name in BASE:
+            return EntryPlan(index, spec.name, self.tokens, True, self._base_tier(spec.name), None, None)
+        fate = self._fate(spec)
+        if not spec.sources:  # cannot be rebuilt, so it goes with the base
+            tier = fate.tier if fate.fraction else self.rule.fates["attention_output"].tier
+            return EntryPlan(index, spec.name, self.tokens, True, tier if self.room != "none" else "hbm", None, None)
+        stored = self._stored(fate)
+        source = spec.sources[0]
+        if source.axis is None and stored < self.tokens:
+            stored = 0
+        return EntryPlan(index, spec.name, stored, stored == self.tokens, self._tier(fate), source.axis, source)
+
+    def _fate(self, spec: EntrySpec) -> Fate:
+        """Attention's own scratch (log-sum-exp) goes where its output goes: it cannot be rebuilt without attention."""
+        if not spec.sources and is_inside(spec.name, self.layer.attention):
+            return self.rule.fates["attention_output"]
+        return self.rule.fate_of(spec.name)
+
+    def _segments(self, entries: list[EntryPlan], anchors: list[AnchorPlan]) -> list[Segment]:
+        missing = [entry for entry in entries if not entry.whole and entry.source is not None]
+        if not missing:
+            return []
+        first = min(entry.tokens for entry in missing)
+        cuts = {entry.tokens for entry in missing} | {anchor.tokens for anchor in anchors} | {self.tokens}
+        if self.signature.whole_only:
+            cuts = {self.tokens}
+        stops = sorted(cut for cut in cuts if cut > first)
+        segments = []
+        for start, stop in zip([first, *stops[:-1]], stops, strict=True):
+            wanted = [entry for entry in missing if entry.tokens <= start]
+            answered = tuple(anchor for anchor in anchors if anchor.tokens >= stop)
+            segments.append(self._segment(start, stop, answered, wanted, first))
+        return segments
+
+    def _segment(
+        self, start: int, stop: int, answered: tuple[AnchorPlan, ...], wanted: list[EntryPlan], first: int
+    ) -> Segment:
+        segment = Segment(start, stop, answered)
+        skipped = [anchor.path for anchor in answered]
+        for plan in wanted:
+            sources = self.signature.entries[plan.index].sources
+            if all(source.axis is None for source in sources) and start != first and not self.signature.whole_only:
+                continue  # the same whatever the tokens: the first replay brings it
+            segment.wanted.add(plan.index)
+            for source in sources:
+                if source.pack is None:
+                    segment.on_input.setdefault(source.part, []).append((plan.index, source))
+                elif not any(is_inside(source.pack[0], path) for path in skipped):
+                    segment.on_pack.setdefault(source.pack, []).append((plan.index, source))
+        return segment

@@ -1,0 +1,323 @@
+"""What a layer saves, learned by looking: once a layer, in the first step.
+
+Which saved tensor can be rebuilt, from what, and which of its dimensions counts tokens is not written down anywhere.
+Shapes alone mislead (a batch of 4 flattened looks like 4 tensor-parallel ranks gathered), so we try: after the layer's
+first forward its call is replayed on a few tokens, attention answered from what it returned, and every tensor that the
+replay saves is compared with the tokens of what was really saved. What comes back equal is *replayable*; the rest
+(log-sum-exp, routing maps, an expert's tensors) is only ever stored whole. The comparison is at the same time the
+check that a replay is faithful: a layer whose replay differs is refused before the first gradient is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from megamem.errors import UnsupportedError
+from megamem.ir.activation import BASE, SAVED
+from megamem.runtime.activations.capture import Capture, Packed
+from megamem.runtime.activations.geometry import Geometry, Region, TokenAxis, region_of, token_axes
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, first_tensor
+from megamem.runtime.activations.replay import PackKey, Replay
+
+_PROBE_TOKENS = 16
+
+# A GEMM on a few tokens may take another kernel than on many, so equality is up to rounding; candidates that are
+# really wrong differ by their whole magnitude.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One way to get an entry from a replay: the tensor packed under `pack`, or input `index` of the part `part`."""
+
+    geometry: Geometry  # how the tensor lies on the entry's compact memory
+    axis: TokenAxis | None  # None: the same whatever the tokens
+    pack: PackKey | None = None
+    part: str = ""
+    index: int = 0
+
+
+@dataclass(slots=True)
+class EntrySpec:
+    """One distinct piece of memory that the layer saves."""
+
+    name: str  # a key for `LayerRule.fate_of`: a name of ir.activation.TENSORS or a module path
+    packs: list[int]  # positions in the capture's list; the first one stands for all
+    numel: int
+    dtype: torch.dtype
+    sources: list[Source] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class PackSpec:
+    """What the n-th call of the pack hook is expected to bring."""
+
+    path: str
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    entry: int  # -1: kept as it is
+    geometry: Geometry | None
+
+
+@dataclass(slots=True)
+class AnchorSpec:
+    """A module output that can be answered from the store."""
+
+    path: str
+    axis: TokenAxis
+
+
+@dataclass(slots=True)
+class Signature:
+    """Everything learned about one layer for one shape of its input."""
+
+    packs: list[PackSpec]
+    entries: list[EntrySpec]
+    anchors: dict[str, AnchorSpec] = field(default_factory=dict)
+    attention: TokenAxis | None = None
+    replayable: bool = False  # whether anything was learned by replaying
+    whole_only: str | None = None  # why a part of the tokens cannot be replayed
+
+    def matches(self, packed: list[Packed]) -> bool:
+        """Whether a later forward saved the same tensors in the same order, aliased in the same way."""
+        if len(packed) != len(self.packs):
+            return False
+        for note, spec in zip(packed, self.packs, strict=True):
+            tensor = note.tensor
+            if tensor.shape != spec.shape or note.path != spec.path or tensor.stride() != spec.strides:
+                return False
+        for entry in self.entries:
+            if len(entry.packs) > 1:
+                address = packed[entry.packs[0]].tensor.data_ptr()
+                if any(packed[i].tensor.data_ptr() != address for i in entry.packs[1:]):
+                    return False
+        return True
+
+
+def survey(capture: Capture, fixed: list[Packed], hidden: Tensor) -> tuple[Signature, dict[int, Region]]:
+    """Group the calls of the pack hook by the memory they cover, and name the groups.
+
+    Returns the signature, without sources yet, and each entry's region.
+    """
+    layer = capture.layer
+    parameters = layer.parameter_storages()
+    attention_output = capture.output(layer.attention)
+    names: dict[Region | None, str] = {}
+    if attention_output is not None:
+        names[region_of(attention_output)] = "attention_output"
+    names[region_of(hidden)] = "layer_input"
+    by_region: dict[Region, int] = {}
+    signature = Signature(packs=[], entries=[])
+    for position, note in enumerate(fixed):
+        tensor = note.tensor
+        region = _own_region(tensor, parameters)
+        spec = PackSpec(note.path, tensor.shape, tensor.stride(), tensor.dtype, -1, None)
+        if region is not None:
+            index = by_region.get(region)
+            if index is None:
+                index = by_region[region] = len(signature.entries)
+                name = names.get(region) or note.path or SAVED
+                signature.entries.append(EntrySpec(name, [], region.numel, region.dtype))
+            signature.entries[index].packs.append(position)
+            spec.entry, spec.geometry = index, Geometry.of(tensor, region)
+        signature.packs.append(spec)
+    return signature, {index: region for region, index in by_region.items()}
+
+
+def _own_region(tensor: Tensor, parameters: frozenset[int]) -> Region | None:
+    """The region of a tensor that may be moved; None for parameters, for storage that the trainer emptied, for views
+    that cannot be compacted, and for scalars."""
+    storage = tensor.untyped_storage()
+    if tensor.dim() == 0 or storage.nbytes() == 0 or storage.data_ptr() in parameters:
+        return None
+    return region_of(tensor)
+
+
+class _Learner:
+    """Compares one replay of a few tokens with what the layer really saved."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        fixed: list[Packed],
+        hidden: Tensor,
+        regions: dict[int, Region],
+        signature: Signature,
+        whole_only: str | None,
+    ) -> None:
+        self.capture, self.layer, self.fixed, self.hidden = capture, capture.layer, fixed, hidden
+        self.regions, self.signature = regions, signature
+        self.tokens = hidden.shape[0]
+        signature.whole_only = whole_only
+        self.start = 0 if whole_only else self.tokens // 2
+        self.stop = self.tokens if whole_only else min(self.tokens, self.start + _PROBE_TOKENS)
+        self.keys = _keys(fixed)
+
+    def learn(self, args: Args, kwargs: Kwargs, call: object) -> None:
+        """Fill in sources and anchors. Raises UnsupportedError where the replay does not reproduce the layer."""
+        replay = self._replay(args, kwargs, call)
+        for index, entry in enumerate(self.signature.entries):
+            if entry.name in BASE:
+                continue
+            entry.sources.extend(self._sources(index, entry, replay))
+        for name, path in self.layer.anchors.items():
+            axis = self._anchor_axis(path, replay)
+            if axis is not None:
+                self.signature.anchors[name] = AnchorSpec(path, axis)
+        self.signature.replayable = True
+
+    def _replay(self, args: Args, kwargs: Kwargs, call: object) -> Replay:
+        layer, capture = self.layer, self.capture
+        attention = capture.output(layer.attention)
+        answers: dict[str, object] = {}
+        if layer.attention is not None and attention is not None:
+            axis = attention_axis(attention, self.tokens, layer.token_blocks)
+            self.signature.attention = axis
+            taken = axis.take(attention.detach(), self.start, self.stop)
+            answers[layer.attention] = Replay.answer(capture.io[layer.attention].result, taken, attention.requires_grad)
+        replay = Replay(layer, answers=answers, stop_before=layer.experts, collect_all=True)
+        replay.run(call, args, kwargs, self.hidden, self.start, self.stop, capture.random_states)
+        return replay
+
+    def _sources(self, index: int, entry: EntrySpec, replay: Replay) -> Iterable[Source]:
+        """Every way in which the replay brings the entry's tokens, the cheapest (a part's input) last."""
+        for position in entry.packs:
+            got = replay.packed.get(self.keys[position])
+            if got is not None:
+                note = self.fixed[position]
+                source = self._compare(note.tensor, got, self.regions[index], pack=self.keys[position])
+                if source is not None:
+                    yield source
+                    break
+        for path, io in self.capture.io.items():
+            inputs = replay.inputs.get(path, [])
+            for number, (tensor, got) in enumerate(zip(io.inputs, inputs, strict=False)):
+                if tensor.dtype == entry.dtype and tensor.numel() == entry.numel:
+                    source = self._input_source(index, tensor, got, path, number)
+                    if source is not None:
+                        yield source
+
+    def _input_source(self, index: int, tensor: Tensor, got: Tensor, path: str, number: int) -> Source | None:
+        """The entry as input `number` of a part: the same memory, or a copy of it in another order of dimensions."""
+        region = region_of(tensor)
+        if region == self.regions[index]:
+            return self._compare(tensor, got, region, part=path, index=number)
+        if path != self.layer.attention or region is None:
+            return None  # copies are looked for where they are known to happen: in the attention kernel's layout
+        position = self.signature.entries[index].packs[0]
+        saved = self.fixed[position].tensor
+        geometry = self.signature.packs[position].geometry
+        assert geometry is not None
+        for order in permutations(range(tensor.dim())):
+            if tuple(tensor.shape[i] for i in order) == tuple(saved.shape) and torch.equal(tensor.permute(order), saved):
+                inverse = tuple(order.index(i) for i in range(len(order)))
+                found = self._compare(tensor, got, region, part=path, index=number)
+                return found and Source(geometry.permuted(inverse), found.axis, part=path, index=number)
+        return None
+
+    def _compare(
+        self, full: Tensor, got: Tensor, region: Region, *, pack: PackKey | None = None, part: str = "", index: int = 0
+    ) -> Source | None:
+        """A source, if `got` holds the probe's tokens of `full`."""
+        geometry = Geometry.of(full, region)
+        if full.dtype != got.dtype:
+            return None
+        if full.shape == got.shape:
+            if not _close(full, got):
+                return None
+            # A probe of all tokens (dropout) tells nothing of the axis: then only whole replays are allowed.
+            return Source(geometry, None, pack, part, index)
+        axis = self._axis(full, got)
+        return axis and Source(geometry, axis, pack, part, index)
+
+    def _axis(self, full: Tensor, got: Tensor) -> TokenAxis | None:
+        taken = self.stop - self.start
+        axes = token_axes(tuple(full.shape), tuple(got.shape), self.tokens, taken, self.layer.token_blocks)
+        return next((axis for axis in axes if _close(axis.take(full, self.start, self.stop), got)), None)
+
+    def _anchor_axis(self, path: str, replay: Replay) -> TokenAxis | None:
+        full, got = self.capture.output(path), first_tensor(replay.results.get(path))
+        if full is None or got is None:
+            return None
+        if full.shape == got.shape:
+            return TokenAxis(0, 1, full.shape[0] // self.tokens)
+        return self._axis(full, got)
+
+
+def learn(
+    capture: Capture, fixed: list[Packed], hidden: Tensor, args: Args, kwargs: Kwargs, call: object
+) -> Signature:
+    """Survey a captured forward and find out, by a replay of a few tokens, what can be rebuilt.
+
+    A layer that numbers its tokens itself (MLA makes its rotary angles inside) fails on a part of them; such a layer
+    is replayed on all tokens or not at all.
+    """
+    why = capture.layer.only_whole(args, kwargs) or ("too few tokens to tell" if hidden.shape[0] <= 2 else None)
+    signature = Signature([], [])
+    for whole_only in [why] if why else [None, "it gives other values on a part of its tokens"]:
+        signature, regions = survey(capture, fixed, hidden)
+        _Learner(capture, fixed, hidden, regions, signature, whole_only).learn(args, kwargs, call)
+        if not lost(signature, capture.layer):
+            break
+    return signature
+
+
+def lost(signature: Signature, layer: AbstractLayer) -> list[str]:
+    """Token-wise tensors that no replay brings; attention's own and the base are stored whole anyway."""
+    return [
+        f"{entry.name} {list(signature.packs[entry.packs[0]].shape)}"
+        for entry in signature.entries
+        if not entry.sources and entry.name not in BASE and not is_inside(entry.name, layer.attention)
+    ]
+
+
+def check_replayable(signature: Signature, layer: AbstractLayer) -> None:
+    """Refuse a layer some of whose tensors the replay does not reproduce. Raises UnsupportedError with their places."""
+    missing = lost(signature, layer)
+    if missing:
+        raise UnsupportedError(
+            f"layer {layer.number}: running it again does not give back what it saved at {', '.join(missing)}. "
+            "A layer that is not token-wise outside attention can be swapped (activations.policy: memo with "
+            "swap_fraction: 1) but not recomputed; set activations.verify: false to store these tensors whole instead"
+        )
+
+
+def is_inside(path: str, part: str | None) -> bool:
+    """Whether `path` is the part or lies within it."""
+    return part is not None and (path == part or path.startswith(part + "."))
+
+
+def attention_axis(output: Tensor, tokens: int, blocks: int) -> TokenAxis:
+    """Core attention returns [tokens of all blocks, b, q]; packed sequences fold the batch into the tokens."""
+    return TokenAxis(0, blocks, output.shape[0] // (tokens * blocks))
+
+
+def _keys(packed: list[Packed]) -> list[PackKey]:
+    """Name each call of the pack hook by the part that ran and its ordinal there: the same in every replay."""
+    seen: dict[str, int] = {}
+    keys = []
+    for note in packed:
+        ordinal = seen.get(note.path, 0)
+        seen[note.path] = ordinal + 1
+        keys.append((note.path, ordinal))
+    return keys
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not one.dtype.is_floating_point or one.dtype.itemsize == 1:
+        return torch.equal(one, other)
+    tolerance = _TOLERANCE.get(one.dtype, 1e-3)
+    one, other = one.detach().float(), other.detach().float()
+    scale = one.abs().amax().clamp_min(1e-30)
+    return bool(((one - other).abs().amax() <= tolerance * scale) | torch.equal(one, other))

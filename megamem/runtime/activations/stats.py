@@ -1,0 +1,43 @@
+"""What the engine did, counted as it happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Retained:
+    """Bytes of device memory held between forward and backward; `peak` is the most since the last `reset`."""
+
+    now: int = 0
+    peak: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count `nbytes` as held (negative: given back)."""
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@dataclass(slots=True)
+class ActivationStats:
+    """Totals since the engine was made, of this rank. Bytes are those of tensors; a token counts once a replay.
+
+    kept_nbytes         left in device memory until the layer's backward pass
+    untouched_nbytes    the same, of layers that the plan leaves alone
+    swapped_nbytes      copied to host memory
+    recomputed_nbytes   thrown away and rebuilt
+    replayed_tokens     tokens over which a layer's forward ran again
+    """
+
+    num_runs: int = 0
+    num_untouched: int = 0
+    num_replayed_layers: int = 0
+    num_unplanned: int = 0
+    num_without_room: int = 0
+    kept_nbytes: int = 0
+    untouched_nbytes: int = 0
+    swapped_nbytes: int = 0
+    recomputed_nbytes: int = 0
+    replayed_tokens: int = 0
+    num_steps: int = 0
+    retained: Retained = field(default_factory=Retained)
