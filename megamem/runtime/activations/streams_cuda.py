@@ -254,7 +254,7 @@ class Stalls:
 
 @final
 class CudaDevice(AbstractDevice):
-    """A GPU and its three queues. `index`: CUDA device, by default the current one.
+    """A GPU and its three queues. `device`: CUDA device or its index, by default the current one.
 
     `chunk_bytes`: largest single copy. `profile`: measure stalls of `compute` (two more events per wait).
     Raises UnsupportedError where there is no CUDA device.
@@ -262,7 +262,7 @@ class CudaDevice(AbstractDevice):
 
     def __init__(
         self,
-        index: int | None = None,
+        device: torch.device | int | None = None,
         *,
         chunk_bytes: int = DEFAULT_CHUNK_NBYTES,
         profile: bool = False,
@@ -275,6 +275,7 @@ class CudaDevice(AbstractDevice):
             )
         if chunk_bytes < HUGE_PAGE_NBYTES or chunk_bytes % mmap.PAGESIZE:
             raise ValueError(f"chunk_bytes is a multiple of {mmap.PAGESIZE} and at least 2 MiB, not {chunk_bytes}")
+        index = device.index if isinstance(device, torch.device) else device
         self.index = torch.cuda.current_device() if index is None else index
         self.chunk_bytes = chunk_bytes
         self.stalls = Stalls() if profile else None
