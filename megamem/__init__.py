@@ -22,9 +22,8 @@ from megamem.errors import ConfigError as ConfigError
 from megamem.errors import MegamemError as MegamemError
 
 if TYPE_CHECKING:
-    import torch
-
     from megamem.integrations.megatron_core import Handle
+    from megamem.runtime.activations.streams import AbstractDevice
 
 __version__ = "0.1.0.dev0"
 
@@ -40,11 +39,18 @@ __all__ = [
 ]
 
 
-def enable(config: Config | str | Path | Mapping[str, object], *, device: torch.device | str | None = None) -> Handle:
+def enable(config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None) -> Handle:
     """Switch on what `config` (a file, a mapping or a Config) asks for; `.disable()` the handle, or use it in `with`.
 
-    Call it once, after Megatron's `initialize_model_parallel` and before the model is built.
+    Call it on every rank, once, after Megatron's `initialize_model_parallel` and before the model is built. `device`
+    replaces the copy queues, for tests. Raises a `MegamemError` that says what to do.
     """
-    from megamem.integrations.megatron_core import enable as enable_megatron_core
+    try:
+        from megamem.integrations.megatron_core import enable as enable_megatron_core
+    except ModuleNotFoundError as fault:
+        from megamem.errors import MissingPackage
 
+        if (fault.name or "").partition(".")[0] not in ("torch", "megatron"):
+            raise
+        raise MissingPackage(f'megamem.enable needs {fault.name}; pip install "megamem[train]"') from fault
     return enable_megatron_core(config, device=device)

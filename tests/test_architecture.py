@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": LEAVES | {"__init__", "patches", "integrations"},
     "cli": LEAVES | {"__init__", "ir", "planner", "profiler", "report", "doctor", "integrations"},
     "__main__": {"cli"},
-    "__init__": LEAVES | {"integrations"},
+    "__init__": LEAVES | {"integrations", "runtime"},  # runtime: the type of one argument of `enable`
 }
 
 HEAVY = {"torch", "megatron", "transformer_engine", "triton", "apex", "numpy"}

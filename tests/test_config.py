@@ -308,4 +308,4 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().activations = Activations()  # type: ignore[misc]
     with pytest.raises(TypeError):
-        Activations("memo")  # type: ignore[misc]
+        Activations("memo")  # type: ignore[call-arg]

@@ -2,23 +2,12 @@
 
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from types import ModuleType
 
+import pytest
+
 import megamem
-
-EMPTY, IMPORT = "pass", "import megamem"
-
-
-def seconds(code: str) -> float:
-    """The best of five starts of a fresh interpreter; the best, because other work on the machine only adds."""
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def test_all_is_exactly_the_public_members() -> None:
@@ -43,9 +32,26 @@ def test_every_public_name_is_documented() -> None:
         assert getattr(megamem, name).__doc__, name
 
 
-def test_importing_starts_fast() -> None:
-    """0.2 s is promised for all of it; what the interpreter takes by itself is not ours."""
-    assert seconds(IMPORT) - seconds(EMPTY) < 0.2
+@pytest.mark.parametrize("module", ["megamem", "megamem.cli"])
+def test_importing_stays_small(module: str) -> None:
+    """0.2 s is promised. A clock in a test lies on a busy machine, so what is counted is what takes the time: modules.
+
+    `import megamem` takes about 0.07 s for some 60 modules (twice as many where site loads none of them).
+    """
+    code = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert len(loaded) < 160, sorted(loaded)
+    slow_to_load = {
+        "torch",
+        "megatron",
+        "numpy",
+        "asyncio",
+        "http",
+        "importlib.metadata",
+        "unittest",
+        "multiprocessing",
+    }
+    assert not slow_to_load & set(loaded)
 
 
 def test_enable_is_the_only_door_to_torch() -> None:
@@ -54,3 +60,13 @@ def test_enable_is_the_only_door_to_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_enable_without_torch_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\nimport megamem\n"
+        "try:\n    megamem.enable({})\n"
+        "except megamem.MegamemError as fault:\n    print(type(fault).__name__, fault)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == 'MissingPackage megamem.enable needs torch; pip install "megamem[train]"\n'

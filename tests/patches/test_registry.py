@@ -270,9 +270,8 @@ def test_inspection_tells_the_state_and_changes_nothing(
     (tmp_path / "toy_needs.py").write_text("import no_such_dependency\n", encoding="utf-8")
     (tmp_path / "toy_broken.py").write_text("raise AttributeError('half ported')\n", encoding="utf-8")
     before = dict(vars(toys))
-    found = inspect_patch(
-        Patch(**({"build": negated, "why": "w", "supports": "packaging", "remove_when": "r"} | fields))
-    )
+    defaults: dict[str, Any] = {"build": negated, "why": "w", "supports": "packaging", "remove_when": "r"}
+    found = inspect_patch(Patch(**(defaults | fields)))
     assert found.state == state, found.detail
     assert found.detail
     assert vars(toys) == before
@@ -300,7 +299,11 @@ def test_the_ledger_holds_every_field() -> None:
 
 def test_context_reaches_the_build_and_two_contexts_are_two_patches(toys: Any) -> None:
     def counted(calls: list[int], original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x: (calls.append(x), original(x))[1]
+        def replacement(x: int) -> Any:
+            calls.append(x)
+            return original(x)
+
+        return replacement
 
     calls: list[int] = []
     with apply([record("loss", build=counted).bound(calls)]):
