@@ -39,9 +39,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def dist() -> Iterator[Callable[[int], Callable[..., list[Any]]]]:
-    """`dist(2)(function, *args)` runs a module-level function on 2 gloo ranks under the CPU rig; values come back by rank.
+    """`dist(2)(function, *args)` runs a module-level function on 2 gloo ranks under the CPU rig; values come back by
+    rank.
 
-    The ranks are kept for the whole session and reset between calls; a failing call raises `RankError` and new ones are forked.
+    The ranks are kept for the whole session and reset between calls; a failing call raises `RankError` and new ones
+    are forked.
     """
     if not HAS_TORCH:
         pytest.skip("torch is not installed: pip install 'megamem[train]'")

@@ -1,10 +1,11 @@
 """Run an unmodified Megatron script on CPU with gloo.
 
-    torchrun --nproc-per-node 2 -m megamem.testing pretrain_gpt.py --distributed-backend gloo --transformer-impl local ...
+    torchrun --nproc-per-node 2 -m megamem.testing pretrain_gpt.py --distributed-backend gloo --transformer-impl local
+    ...
 
-The script runs as `__main__` under `cpu_rig`. If it comes with `megatron.training` (a Megatron-LM checkout), what stops that package
-without a GPU is taken out of the way first: its demand for CUDA, its compilation of CUDA helpers, and on Python 3.11 an import
-of `typing.override`.
+The script runs as `__main__` under `cpu_rig`. If it comes with `megatron.training` (a Megatron-LM checkout), what
+stops that package without a GPU is taken out of the way first: its demand for CUDA, its compilation of CUDA helpers,
+and on Python 3.11 an import of `typing.override`.
 """
 
 import argparse
@@ -53,7 +54,8 @@ def _check_packages(parser: argparse.ArgumentParser) -> None:
         except ModuleNotFoundError:  # the parent package is absent
             found = False
         if not found:
-            parser.exit(2, f"{parser.prog}: {package} is not installed; install it with: pip install 'megamem[train]'\n")
+            remedy = "install it with: pip install 'megamem[train]'"
+            parser.exit(2, f"{parser.prog}: {package} is not installed; {remedy}\n")
 
 
 def _unblock_training() -> None:

@@ -33,7 +33,7 @@ class Call:
     args: bytes
 
     @classmethod
-    def of(cls, function: Callable[..., Any], args: tuple[Any, ...]) -> "Call":
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...]) -> Call:
         """Raises `TypeError` for a lambda or a nested function: another process cannot look those up."""
         module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
         if module is None or qualname is None or _look_up(sys.modules.get(module), qualname) is not function:
@@ -90,8 +90,8 @@ def serve_rank(
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     for connection in to_close:
         connection.close()
-    # Third parties' warnings are not this test's business; ours are errors, as in the pytest process. Torch attributes its own
-    # warnings to the rig's device mode, the Python frame nearest to it.
+    # Third parties' warnings are not this test's business; ours are errors, as in the pytest process. Torch
+    # attributes its own warnings to the rig's device mode, the Python frame nearest to it.
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module=r"megamem\.(?!testing)")
     try:
@@ -130,7 +130,9 @@ def _join_group(rank: int, nranks: int, listener: socket.socket) -> None:
     fd = listener.detach() if serves else None
     if not serves:
         listener.close()
-    store = dist.TCPStore("127.0.0.1", port, nranks, is_master=serves, wait_for_workers=False, master_listen_fd=fd)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, nranks, is_master=serves, wait_for_workers=False, master_listen_fd=fd
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=nranks)
     reset_megatron()
 

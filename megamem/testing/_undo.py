@@ -1,5 +1,6 @@
 """A ledger of attribute and environment changes that can be taken back exactly."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Bind `owner.name` to `value` until `undo`."""
@@ -35,7 +36,7 @@ class Ledger:
         """Set an environment variable unless the user has set it."""
         if name not in os.environ:
             os.environ[name] = value
-            self._undo.append(lambda: os.environ.pop(name, None) and None)
+            self._undo.append(functools.partial(os.environ.pop, name, None))
 
     def call_on_undo(self, function: Callable[[], None]) -> None:
         """Have `function` called when its turn comes in the undoing."""

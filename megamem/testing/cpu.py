@@ -6,19 +6,21 @@
 
 What is mapped, and why it has to be:
 
-* **devices**: `"cuda"`, `torch.device("cuda", i)` and bare ordinals in `device=` become `cpu` (a `TorchFunctionMode`, so also
-  inside Megatron and inside backward; it is per thread: a thread that the program starts itself is not covered).
-* **`torch.cuda`**: streams and events keep their program order but do nothing, memory counters say 0, the CUDA generator *is* the
-  CPU generator. Megatron's RNG tracker therefore forks and restores real state, and dropout masks are reproducible.
+* **devices**: `"cuda"`, `torch.device("cuda", i)` and bare ordinals in `device=` become `cpu` (a `TorchFunctionMode`,
+  so also inside Megatron and inside backward; it is per thread: a thread that the program starts itself is not
+  covered).
+* **`torch.cuda`**: streams and events keep their program order but do nothing, memory counters say 0, the CUDA
+  generator *is* the CPU generator. Megatron's RNG tracker therefore forks and restores real state, and dropout masks
+  are reproducible.
 * **`Tensor.type()`** says `torch.cuda.FloatTensor`: Megatron's optimizers sort parameters by that string.
 * **`torch.distributed`**: nccl becomes gloo. What gloo of an older torch lacks is emulated in `gloo.py`.
-* **environment**: `TORCHDYNAMO_DISABLE=1` (Megatron's `jit_fuser` is `torch.compile`: minutes of C++ compilation for test-size
-  tensors), `CUDA_DEVICE_MAX_CONNECTIONS=1` (Megatron asserts it for sequence parallelism), `OMP_NUM_THREADS=1` (ranks share the
-  cores). Values that the user has set are kept.
+* **environment**: `TORCHDYNAMO_DISABLE=1` (Megatron's `jit_fuser` is `torch.compile`: minutes of C++ compilation for
+  test-size tensors), `CUDA_DEVICE_MAX_CONNECTIONS=1` (Megatron asserts it for sequence parallelism),
+  `OMP_NUM_THREADS=1` (ranks share the cores). Values that the user has set are kept.
 
-`torch.cuda.is_available()` answers **False**, so torch itself stays on its CPU paths, and a machine that has a GPU merely has it
-hidden. `cpu_rig(claim_cuda=True)` answers True, for hosts that insist (Megatron-Bridge). `device_count()` is positive in either case,
-because Megatron-LM sets up its groups and seeds only then.
+`torch.cuda.is_available()` answers **False**, so torch itself stays on its CPU paths, and a machine that has a GPU
+merely has it hidden. `cpu_rig(claim_cuda=True)` answers True, for hosts that insist (Megatron-Bridge).
+`device_count()` is positive in either case, because Megatron-LM sets up its groups and seeds only then.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -44,8 +47,8 @@ _ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", 
 _TOTAL_MEMORY = 80 * 2**30
 _NO_OPS = (
     "synchronize", "empty_cache", "ipc_collect", "init", "manual_seed_all", "seed", "seed_all", "set_rng_state_all",
-    "reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached", "reset_accumulated_memory_stats",
-    "set_per_process_memory_fraction", "set_sync_debug_mode",
+    "reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached",
+    "reset_accumulated_memory_stats", "set_per_process_memory_fraction", "set_sync_debug_mode",
 )  # fmt: skip
 _ZEROS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
@@ -61,12 +64,14 @@ def _is_ordinal(value: object) -> bool:
 
 
 class _DeviceMode(TorchFunctionMode):
-    """Rewrites device arguments. An int is a device only as `device=` and as the first argument of `Tensor.to`."""
+    """Rewrites device arguments. An int is a device only as `device=` and as the first argument of `to`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.device:  # naming a device is no use of it
+            return func(*args, **kwargs)
         device = kwargs.get("device")
         if _is_cuda(device) or _is_ordinal(device):
             kwargs["device"] = _CPU
@@ -76,12 +81,16 @@ class _DeviceMode(TorchFunctionMode):
             args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
         if func is torch.Tensor.to and len(args) > 1 and _is_ordinal(args[1]):
             args = (args[0], _CPU, *args[2:])
+        if func is torch._C._nn._parse_to and args and _is_ordinal(args[0]):  # Module.to
+            args = (_CPU, *args[1:])
         return func(*args, **kwargs)
 
 
 def _keep_mode_in_backward(ledger: Ledger) -> None:
-    """`Tensor.backward` is itself a function that the mode handles, and a mode is off while it handles one: put it on again."""
-    real = torch.autograd._engine_run_backward
+    """`Tensor.backward` is itself a function that the mode handles, and a mode is off while it handles one: put it on
+    again.
+    """
+    real = vars(torch.autograd)["_engine_run_backward"]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _DeviceMode():
@@ -290,22 +299,24 @@ def _replace_process_groups(ledger: Ledger) -> None:
 
 
 def _replace_megatron(ledger: Ledger) -> None:
-    """The two functions of Megatron that go to the CUDA generator past `torch.cuda`'s public names, and one import it forgot."""
+    """The two functions of Megatron that go to the CUDA generator past `torch.cuda`'s public names, and one import it
+    forgot.
+    """
     if find_spec("megatron") is None or find_spec("megatron.core") is None:
         return
-    import megatron.core.tensor_parallel.random as random
+    with warnings.catch_warnings(action="ignore"):  # Megatron says at import what it would rather have
+        import megatron.core.tensor_parallel.random as random
+        from megatron.core.transformer.moe import moe_utils
 
     if hasattr(random, "_set_cuda_rng_state"):
         ledger.set(random, "_set_cuda_rng_state", lambda state, *_args, **_kwargs: _set_state(state))
     if hasattr(random, "_get_cuda_rng_state"):
         ledger.set(random, "_get_cuda_rng_state", _get_state)
-    with contextlib.suppress(ImportError):
-        from megatron.core.transformer.moe import moe_utils
-
-        # 0.16's router reads this name also where Transformer Engine, from which it comes, is not installed.
-        if not hasattr(moe_utils, "te_general_gemm"):
-            ledger.set(moe_utils, "te_general_gemm", None)
-    # Its tracker reports every draw inside `fork` as a disturbed CPU generator. Here that generator is meant to be drawn from.
+    # 0.16's router reads this name also where Transformer Engine, from which it comes, is not installed.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        ledger.set(moe_utils, "te_general_gemm", None)
+    # Its tracker reports every draw inside `fork` as a disturbed CPU generator. Here that generator is meant to be
+    # drawn from.
     log, quiet = logging.getLogger(random.__name__), _drop_rng_report
     log.addFilter(quiet)
     ledger.call_on_undo(lambda: log.removeFilter(quiet))
@@ -360,8 +371,8 @@ class CpuRig:
             _replace_process_groups(ledger)
             _keep_mode_in_backward(ledger)
             mode = _DeviceMode()
-            mode.__enter__()
-            ledger.call_on_undo(lambda: mode.__exit__(None, None, None))
+            mode.__enter__()  # type: ignore[no-untyped-call]
+            ledger.call_on_undo(lambda: mode.__exit__(None, None, None))  # type: ignore[no-untyped-call]
         except BaseException:
             ledger.undo()
             raise
@@ -377,7 +388,9 @@ class CpuRig:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 

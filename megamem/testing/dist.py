@@ -5,13 +5,15 @@
 
     run_ranks(train_case, 2, "rope")                 # one pool for one call
 
-**What runs where.** A rank is forked, enters `cpu_rig`, joins the process group and then serves one call after the other. The function
-must be module-level, because it travels by name; arguments and results are pickled. Between two calls everything that Megatron keeps
-globally is reset (`_reset`). A call in which any rank fails ends all ranks; the next call forks new ones.
+**What runs where.** A rank is forked, enters `cpu_rig`, joins the process group and then serves one call after the
+other. The function must be module-level, because it travels by name; arguments and results are pickled. Between two
+calls everything that Megatron keeps globally is reset (`_reset`). A call in which any rank fails ends all ranks; the
+next call forks new ones.
 
-**Fork and threads.** Only the forking thread survives a fork, so the process that forks must not have started OpenMP or autograd
-threads: no torch operation before the first `run`. A pytest process cannot promise that. `start_server` therefore forks, before torch
-is imported, a process that does nothing but import and fork; `run_ranks` and `server_pool` go through it when there is one.
+**Fork and threads.** Only the forking thread survives a fork, so the process that forks must not have started OpenMP
+or autograd threads: no torch operation before the first `run`. A pytest process cannot promise that. `start_server`
+therefore forks, before torch is imported, a process that does nothing but import and fork; `run_ranks` and
+`server_pool` go through it when there is one.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ _GRACE_S = 0.5  # after the first failure, how long the others may take to say w
 
 @dataclass(frozen=True, kw_only=True)
 class RankFailure:
-    """What happened to one rank: an exception, a signal, an exit, or the time-out; `details` is its Python traceback."""
+    """What happened to one rank: an exception, a signal, an exit, or the time-out; `details` is its Python
+    traceback.
+    """
 
     rank: int
     reason: str
@@ -130,7 +134,9 @@ class RankPool:
                 stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the rank
                 to_close = [*(rank.pipe for rank in self._ranks), ours]
                 process = context.Process(
-                    target=serve_rank, args=(index, self.nranks, listener, theirs, to_close, stacks), name=f"rank-{index}"
+                    target=serve_rank,
+                    args=(index, self.nranks, listener, theirs, to_close, stacks),
+                    name=f"rank-{index}",
                 )
                 process.start()
                 theirs.close()
@@ -173,7 +179,9 @@ class RankPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -213,10 +221,10 @@ class _Server:
         try:
             self.pipe.send((nranks, reuse, call, timeout))
             succeeded, payload = self.pipe.recv()
-        except BaseException as error:  # an interrupt, or a dead server: question and answer are out of step
+        except (EOFError, OSError) as error:
+            raise RuntimeError("the fork server of megamem.testing.dist has died") from error
+        except BaseException:  # an interrupt: question and answer are out of step
             self.process.kill()
-            if isinstance(error, (EOFError, OSError)):
-                raise RuntimeError("the fork server of megamem.testing.dist has died") from error
             raise
         if not succeeded:
             raise payload

@@ -1,14 +1,16 @@
 """The collectives that Megatron uses and that gloo lacks, depending on the torch release.
 
-torch 2.13's gloo has them all; torch 2.6's lacks reduce-scatter, the list form of all-to-all and averaging. Instead of a table of
-releases, the methods of `ProcessGroup` are wrapped: the real one is tried, and where the backend answers that it does not have
-the operation (it does so before any communication, and on every rank alike) the result is made from all-reduce, send and receive.
+torch 2.13's gloo has them all; torch 2.6's lacks reduce-scatter, the list form of all-to-all and averaging. Instead
+of a table of releases, the methods of `ProcessGroup` are wrapped: the real one is tried, and where the backend
+answers that it does not have the operation (it does so before any communication, and on every rank alike) the result
+is made from all-reduce, send and receive.
 
-The wrapped place is `ProcessGroup`, the class below `torch.distributed`'s functions, because Megatron's modules hold their own
-references to those functions.
+The wrapped place is `ProcessGroup`, the class below `torch.distributed`'s functions, because Megatron's modules hold
+their own references to those functions.
 
-Emulated sums add the ranks' contributions in the order of the all-reduce that gloo does have, so they are deterministic. Emulated
-operations are complete when they return; the handle that `async_op=True` asks for is therefore already complete.
+Emulated sums add the ranks' contributions in the order of the all-reduce that gloo does have, so they are
+deterministic. Emulated operations are complete when they return; the handle that `async_op=True` asks for is
+therefore already complete.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,14 @@ import torch.distributed as dist
 
 from megamem.testing._undo import Ledger
 
-_LACKING = ("does not support", "not supported", "no support", "cannot use reduceop.avg", "unsupported", "not implemented")
+_LACKING = (
+    "does not support",
+    "not supported",
+    "no support",
+    "cannot use reduceop.avg",
+    "unsupported",
+    "not implemented",
+)
 
 
 def _is_lacking(error: Exception) -> bool:
@@ -47,11 +56,12 @@ def emulate_missing_collectives(ledger: Ledger) -> None:
         "reduce_scatter_single": _reduce_scatter_base,  # the same two by their names since torch 2.13
         "reduce_scatter_tensor_coalesced": _reduce_scatter_coalesced,
         "reduce_scatter_single_coalesced": _reduce_scatter_coalesced,
-        "alltoall": _all_to_all_list,
     }
     for name, emulation in emulations.items():
         if hasattr(group_class, name):
             ledger.set(group_class, name, _with_fallback(getattr(group_class, name), emulation))
+    # The list form is always emulated: where gloo has it, all parts must be of one size, which NCCL does not ask.
+    ledger.set(group_class, "alltoall", _all_to_all_list)
     for name in ("alltoall_base", "all_to_all_single"):
         if hasattr(group_class, name):
             ledger.set(group_class, name, _with_split_lists(getattr(group_class, name)))
@@ -70,9 +80,13 @@ def _with_fallback(real: Callable[..., Any], emulation: Callable[..., Any]) -> C
 
 
 def _with_split_lists(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's MoE dispatcher turns split sizes into lists on their way from the GPU to the host, so here they stay tensors."""
+    """Megatron's MoE dispatcher turns split sizes into lists on their way from the GPU to the host, so here they stay
+    tensors.
+    """
 
-    def all_to_all(group: dist.ProcessGroup, output: torch.Tensor, input_: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+    def all_to_all(
+        group: dist.ProcessGroup, output: torch.Tensor, input_: torch.Tensor, *rest: Any, **kwargs: Any
+    ) -> Any:
         rest = tuple(arg.tolist() if isinstance(arg, torch.Tensor) else arg for arg in rest)
         return real(group, output, input_, *rest, **kwargs)
 

@@ -6,13 +6,16 @@
         loss.backward()
     live.peak_bytes
 
-It knows nothing of activations: it sees every operator's outputs (a `TorchDispatchMode`, so below autograd and inside backward),
-registers each *storage* that an operator brings into being, once, and drops it when the storage dies. Views and in-place results
-add nothing. A storage that existed before, or that an operator merely got as an input, is not counted.
+It knows nothing of activations: it sees every operator's outputs (a `TorchDispatchMode`, so below autograd and inside
+backward), registers each *storage* that an operator brings into being, once, and drops it when the storage dies.
+Views and in-place results add nothing. A storage that existed before, or that an operator merely got as an input, is
+not counted.
 
-What it cannot see: memory that an operator allocates and frees inside itself, and storages made without an operator (unpickling).
+What it cannot see: memory that an operator allocates and frees inside itself, and storages made without an operator
+(unpickling).
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -82,16 +85,20 @@ class LiveStorages:
             storage = tensor.untyped_storage()
             key = storage._cdata
             self._forget(key)
-            ignored = self._ignored
-            ignored[key] = weakref.ref(storage, lambda _ref, key=key: ignored.pop(key, None))  # type: ignore[misc]
+            self._ignored[key] = weakref.ref(storage, functools.partial(self._stop_ignoring, key))
+
+    def _stop_ignoring(self, key: int, _reference: Any) -> None:
+        self._ignored.pop(key, None)  # it died, and its address may be given to another storage
 
     def __enter__(self) -> Self:
         self._ledger.set(torch.UntypedStorage, "resize_", self._following_resize(torch.UntypedStorage.resize_))
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._mode.__exit__(kind, value, trace)
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mode.__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         self._ledger.undo()
 
     def observe(self, operator: str, inputs: Any, outputs: Any) -> None:
@@ -134,9 +141,9 @@ class LiveStorages:
         return resize
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, live: LiveStorages) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages = live
 
     def __torch_dispatch__(

@@ -5,9 +5,10 @@
     chunks = build_gpt(case)
     losses, gradients = train_steps(chunks, case, num_microbatches=4, steps=2)
 
-Every parameter is filled from a generator seeded by its *global* name (layer and expert numbers counted over the whole model): the
-full tensor is drawn and this rank keeps its tensor-parallel shard. So PP 1 and PP 2, or TP 1 and TP 2, train the same model, and the
-gradient dictionaries of two layouts have comparable keys. What remains different between layouts is rounding, and dropout masks.
+Every parameter is filled from a generator seeded by its *global* name (layer and expert numbers counted over the
+whole model): the full tensor is drawn and this rank keeps its tensor-parallel shard. So PP 1 and PP 2, or TP 1 and TP
+2, train the same model, and the gradient dictionaries of two layouts have comparable keys. What remains different
+between layouts is rounding, and dropout masks.
 """
 
 import zlib
@@ -117,7 +118,8 @@ def build_config(case: GptCase, **overrides: Any) -> TransformerConfig:
             "moe_aux_loss_coeff": 1e-2,
         }
     if case.vpp is not None:
-        # Without the overlap Megatron's interleaved schedule trains on wrong gradients, silently; batched p2p excludes it.
+        # Without the overlap Megatron's interleaved schedule trains on wrong gradients, silently; batched p2p
+        # excludes it.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(**(fields | dict(case.config) | overrides))
 
@@ -128,7 +130,9 @@ def build_gpt(
     spec: SpecMaker | None = None,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, initialised and wrapped as a trainer would. `spec(config, vp_stage)` makes the layer spec."""
+    """This rank's model chunks, initialised and wrapped as a trainer would. `spec(config, vp_stage)` makes the layer
+    spec.
+    """
     config = build_config(case, **(config_overrides or {}))
     chunks: list[torch.nn.Module] = []
     for stage in range(case.vpp or 1):
@@ -214,7 +218,9 @@ def _fill(model: Any) -> None:
 
 
 def _shard(name: str, shape: Sequence[int], dim: int, rank: int, size: int, halves: int) -> Tensor:
-    """This rank's part of the full tensor. A gated first layer is [gate; up] on every rank, so it is cut half by half."""
+    """This rank's part of the full tensor. A gated first layer is [gate; up] on every rank, so it is cut half by
+    half.
+    """
     full = [*shape]
     full[dim] *= size
     values = torch.randn(full, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -225,7 +231,9 @@ def _shard(name: str, shape: Sequence[int], dim: int, rank: int, size: int, halv
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One microbatch of synthetic tokens [b, s]; the mask is Megatron's (True: forbidden), None under flash attention."""
+    """One microbatch of synthetic tokens [b, s]; the mask is Megatron's (True: forbidden), None under flash
+    attention.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -287,9 +295,9 @@ def train_steps(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Train on fixed synthetic tokens with Megatron's schedule (or the one given).
 
-    Returns the loss of every microbatch in order (empty unless this rank has the output layer) and the last step's gradients by
-    global name. `optimizer=None` is plain SGD, which keeps two layouts comparable; under the distributed optimizer pass
-    `build_optimizer(...)`, and note that each rank's gradients are final only in its own shard.
+    Returns the loss of every microbatch in order (empty unless this rank has the output layer) and the last step's
+    gradients by global name. `optimizer=None` is plain SGD, which keeps two layouts comparable; under the distributed
+    optimizer pass `build_optimizer(...)`, and note that each rank's gradients are final only in its own shard.
     """
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
@@ -314,7 +322,9 @@ def train_steps(
         losses += [float(result["loss"]) for result in results]
         if forward_only:
             continue
-        gradients = {name: g.clone() for chunk in chunks for name, p in global_names(chunk) if (g := _gradient(p)) is not None}
+        gradients = {
+            name: g.clone() for chunk in chunks for name, p in global_names(chunk) if (g := _gradient(p)) is not None
+        }
         if optimizer is not None:
             optimizer.step()
         else:

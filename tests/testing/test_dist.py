@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 
-from megamem.testing.dist import RankError, run_ranks  # noqa: E402
+from megamem.testing.dist import RankError, run_ranks
 
 Dist = Callable[[int], Callable[..., list[Any]]]
 

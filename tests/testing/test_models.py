@@ -42,7 +42,9 @@ def _check_close(actual: Result, expected: Result, shards: list[Result] | None =
     assert set(actual[1]) == set(expected[1])
     for name, gradient in expected[1].items():
         if actual[1][name].shape == gradient.shape:
-            torch.testing.assert_close(actual[1][name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                actual[1][name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert shards is not None, name
 
@@ -122,7 +124,9 @@ def test_without_ddp_one_rank_has_the_same_gradients(dist: Dist) -> None:
 
 
 def test_full_recomputation_replays_dropout(dist: Dist) -> None:
-    """Megatron's recomputation restores the generators that the rig lends it: same masks, so same gradients, bitwise."""
+    """Megatron's recomputation restores the generators that the rig lends it: same masks, so same gradients,
+    bitwise.
+    """
     import torch
 
     fields = {**LLAMA, "dropout": 0.2}
