@@ -57,7 +57,7 @@ def _free() -> None:
 
 
 def _quieten() -> None:
-    """Silence what Megatron says of optional packages that are absent, and PyTorch of names that Megatron still uses."""
+    """Silence what Megatron says of absent packages, and PyTorch of names that Megatron still uses."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="megatron")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
