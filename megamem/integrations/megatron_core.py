@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -31,6 +32,7 @@ from megamem.patches import GROUPS
 from megamem.patches.registry import Applied, apply
 from megamem.planner.activations import plan_activations
 from megamem.runtime.activations.engine import ActivationEngine
+from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.streams import AbstractDevice, HostDevice
 from megamem.runtime.session import AbstractSession
 
@@ -139,6 +141,34 @@ class Session(AbstractSession):
         self.undo.append(lambda: setattr(experts, "moe_layer_recompute", before))
 
 
+@final
+class _MeterSession(AbstractSession):
+    """Counts, and changes nothing."""
+
+    def __init__(self, meter: ActivationMeter) -> None:
+        self._meter = meter
+
+    def on_layer_built(self, layer: Module) -> None:
+        pass
+
+    def run_layer(self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(layer, *args, **kwargs)
+        return self._meter.run(MegatronLayer(layer).parameter_storages(), _Bound(forward, layer), args, kwargs)
+
+    def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return step(*args, **kwargs)
+
+
+@contextmanager
+def measured_activations() -> Iterator[ActivationMeter]:
+    """Count, in stock Megatron-Core, what transformer layers hold for their backward passes while the block runs."""
+    meter = ActivationMeter()
+    session = _MeterSession(meter)
+    with apply(patch.bound(session) for patch in GROUPS["activations"]):
+        yield meter
+
+
 class _Bound:
     """A layer's unpatched forward: not a bound method, so that whoever holds it for a replay can be told apart."""
 
@@ -149,6 +179,20 @@ class _Bound:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(self.layer, *args, **kwargs)
+
+
+@final
+class Metered:
+    """Reads the engine's count, also before there is an engine."""
+
+    def __init__(self, session: Session | None) -> None:
+        self._session = session
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most device memory held for backward passes at any time so far."""
+        engine = self._session.engine if self._session is not None else None
+        return engine.peak_bytes if engine is not None else 0
 
 
 class Handle:
@@ -169,6 +213,10 @@ class Handle:
     def engine(self) -> ActivationEngine | None:
         """The activation engine of this rank, once a layer has run."""
         return self._session.engine if self._session is not None else None
+
+    def meter(self) -> Metered:
+        """What the layers hold for their backward passes, to compare with `measured_activations`."""
+        return Metered(self._session)
 
     def report(self) -> ActivationReport:
         """What the capabilities did on this rank so far; prints as a table."""

@@ -18,7 +18,8 @@ class ActivationReport:
     swapped_nbytes: int = 0
     recomputed_nbytes: int = 0
     replayed_tokens: int = 0
-    peak_retained_nbytes: int = 0
+    untouched_nbytes: int = 0
+    peak_held_nbytes: int = 0
     peak_staging_nbytes: int = 0
     host_nbytes: int = 0
     host_capacity_nbytes: int = 0
@@ -41,7 +42,8 @@ class ActivationReport:
             swapped_nbytes=stats.swapped_nbytes // steps,
             recomputed_nbytes=stats.recomputed_nbytes // steps,
             replayed_tokens=stats.replayed_tokens // steps,
-            peak_retained_nbytes=stats.retained.peak,
+            untouched_nbytes=stats.untouched_nbytes // steps,
+            peak_held_nbytes=stats.peak_held_nbytes,
             peak_staging_nbytes=ledger.peak_staging_nbytes,
             host_nbytes=arena.peak,
             host_capacity_nbytes=arena.capacity,
@@ -57,7 +59,8 @@ class ActivationReport:
             ("kept in device memory, per step", _mib(self.kept_nbytes)),
             ("swapped to host memory, per step", _mib(self.swapped_nbytes)),
             ("recomputed, per step", f"{_mib(self.recomputed_nbytes)} ({self.replayed_tokens} layer tokens)"),
-            ("peak kept at once", _mib(self.peak_retained_nbytes)),
+            ("left alone in the last layers, per step", _mib(self.untouched_nbytes)),
+            ("peak held at once, staging included", _mib(self.peak_held_nbytes)),
             ("peak in staging buffers", _mib(self.peak_staging_nbytes)),
             ("host memory, peak of budget", f"{_mib(self.host_nbytes)} of {_mib(self.host_capacity_nbytes)}"),
             ("compute stalled on copies, per step", f"{self.stall_ms:.1f} ms"),

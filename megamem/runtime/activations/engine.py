@@ -29,6 +29,7 @@ from megamem.runtime.activations.capture import Capture, Packed
 from megamem.runtime.activations.geometry import Geometry, compact, region_of
 from megamem.runtime.activations.host_arena import HostArena
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
+from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.order import BackwardOrder
 from megamem.runtime.activations.parcels import Courier
 from megamem.runtime.activations.recipe import Recipe, Room, Situation, make_recipe
@@ -64,6 +65,7 @@ class ActivationEngine:
         self.stats = ActivationStats()
         self.order = BackwardOrder()
         self._signatures: dict[SignatureKey, Signature] = {}
+        self._untouched_nbytes: dict[SignatureKey, int] = {}
         self._recipes: dict[tuple[SignatureKey, Situation], Recipe] = {}
         self._last: tuple[weakref.ref[Tensor], weakref.ref[LayerRun]] | None = None
         self._has_warned_of_room = False
@@ -82,12 +84,28 @@ class ActivationEngine:
         hidden = layer.hidden(args, kwargs)
         run = LayerRun(self, layer, call, args, kwargs, self._previous(hidden))
         if rule.untouched:
-            result = call(*args, **kwargs)
-            self.stats.num_untouched += 1
+            result = self._untouched(run, call, args, kwargs, hidden)
         else:
             _refuse_outer_hooks(layer)
             result = self._captured(run, rule, call, args, kwargs, hidden)
         self._link(run, layer.output(result))
+        self._sample(0)
+        return result
+
+    def _untouched(self, run: LayerRun, call: Callable[..., Any], args: Args, kwargs: Kwargs, hidden: Tensor) -> Any:
+        """A layer that the plan leaves alone: plain autograd, but what it saves is counted when it is first seen."""
+        key = (run.layer.number, hidden.shape, hidden.dtype, hidden.requires_grad)
+        self.stats.num_untouched += 1
+        nbytes = self._untouched_nbytes.get(key)
+        if nbytes is None:
+            meter = ActivationMeter()
+            result = meter.run(run.layer.parameter_storages(), call, args, kwargs)
+            nbytes = self._untouched_nbytes[key] = meter.retained.now
+        else:
+            result = call(*args, **kwargs)
+        run.kept_nbytes = nbytes
+        self.stats.untouched_nbytes += nbytes
+        self.stats.retained.add(nbytes)
         return result
 
     def _captured(
@@ -247,10 +265,30 @@ class ActivationEngine:
         for later in self.order.next_after(run):
             later.fetch()
         self._retire()
+        if not run.entries and not run.expert_entries:  # nothing was sent away: autograd frees it as it goes on
+            self._sample(0)
+            self.on_gone(run)
 
     def on_back(self, run: LayerRun) -> None:
         """A layer has everything back; autograd frees it as its backward pass goes on."""
+        self._sample(run.back_nbytes)
+        self.on_gone(run)
+
+    def on_gone(self, run: LayerRun) -> None:
+        """What the layer kept is no longer held for later."""
         self.stats.retained.add(-run.kept_nbytes)
+        run.kept_nbytes = 0
+
+    def _sample(self, back_nbytes: int) -> None:
+        held = self.stats.retained.now + self.courier.ledger.staging_nbytes + back_nbytes
+        if self.expert_courier is not None:
+            held += self.expert_courier.ledger.staging_nbytes
+        self.stats.peak_held_nbytes = max(self.stats.peak_held_nbytes, held)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most device memory held for backward passes at any time, in bytes."""
+        return self.stats.peak_held_nbytes
 
     def _retire(self) -> None:
         self.courier.retire()

@@ -97,11 +97,22 @@ class LayerRun:
         self.shipments: list[Shipment] = []
         self.expert_entries: list[Entry] = []
         self.expert_shipment: Shipment | None = None
+        self.back_experts: list[Entry] = []
         self.anchors_stored: dict[str, Tensor] = {}
         self.geometries: dict[str, Geometry] = {}  # how layer input and attention output lie on their compact memory
         self.requires_grad = hidden.requires_grad
         self.has_begun = self.is_back = False
         self.kept_nbytes = 0
+
+    @property
+    def back_nbytes(self) -> int:
+        """Bytes that came back, before autograd starts to free them."""
+        entries = (*self.entries.values(), *self.back_experts)
+        return sum(entry.flat.nbytes for entry in entries if entry.flat is not None)
+
+    def __del__(self) -> None:
+        if self.kept_nbytes:  # the graph was dropped without a backward pass
+            self.engine.on_gone(self)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -313,7 +324,7 @@ class LayerRun:
         """Everything is with the handles now."""
         for entry in self.entries.values():
             entry.run = None  # the graph may outlive its activations
-        self.entries, self.anchors_stored = {}, {}
+        self.entries, self.anchors_stored, self.back_experts = {}, {}, []
         self.attention = self.hidden = self.previous = None
         self.args, self.kwargs, self.random_states = (), {}, []
 
@@ -333,7 +344,7 @@ class LayerRun:
             tensors = self.engine.expert_courier.take(self.expert_shipment.parcel)
             for entry, tensor in zip(self.expert_entries, tensors, strict=True):
                 entry.flat, entry.run = tensor, None
-            self.expert_shipment, self.expert_entries = None, []
+            self.expert_shipment, self.back_experts, self.expert_entries = None, self.expert_entries, []
 
     def _put(self, piece: Piece) -> None:
         """Put a stored piece where it is asked for."""

@@ -27,6 +27,9 @@ class ActivationStats:
     swapped_nbytes      copied to host memory
     recomputed_nbytes   thrown away and rebuilt
     replayed_tokens     tokens over which a layer's forward ran again
+    retained            of what is kept: held now, and at most
+    peak_held_nbytes    the most device memory held for backward passes at any time: kept, in staging buffers, and the
+                        layer that is back for its backward pass
     """
 
     num_runs: int = 0
@@ -41,3 +44,4 @@ class ActivationStats:
     replayed_tokens: int = 0
     num_steps: int = 0
     retained: Retained = field(default_factory=Retained)
+    peak_held_nbytes: int = 0
