@@ -115,6 +115,51 @@ def test_megatrons_own_attention(dist: Dist) -> None:
     _check_close(_merged(dist(1)(_train, {**LLAMA, "flash_attention": False})), expected)
 
 
+def _on_an_old_gloo(fields: dict[str, Any], adam: bool) -> Result:
+    """As if this torch's gloo had neither reduce-scatter nor averaging: torch 2.6's does not."""
+    from torch.distributed import ProcessGroup, ReduceOp
+
+    from megamem.testing._undo import Ledger
+    from megamem.testing.cpu import cpu_rig
+
+    asked = []
+
+    def lacking(_group: Any, *_args: Any, **_kwargs: Any) -> None:
+        asked.append(True)
+        raise RuntimeError("Backend gloo does not support reduce_scatter")
+
+    real = ProcessGroup.allreduce
+
+    def without_average(group: Any, tensors: Any, options: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if options is not None and options.reduceOp == ReduceOp.AVG:
+            raise RuntimeError("Cannot use ReduceOp.AVG with Gloo")
+        return real(group, tensors, options, *args, **kwargs)
+
+    ledger = Ledger()
+    for name in [name for name in vars(ProcessGroup) if "reduce_scatter" in name]:
+        ledger.set(ProcessGroup, name, lacking)
+    ledger.set(ProcessGroup, "allreduce", without_average)
+    try:
+        with cpu_rig():  # its emulations go on top of what is lacking
+            result = _train(fields, 2, 2, adam)
+        assert asked
+        return result
+    finally:
+        ledger.undo()
+
+
+@pytest.mark.parametrize(
+    ("layout", "adam"), [({"tp": 2, "sp": True}, False), ({"distributed_optimizer": True}, True)], ids=["sp", "distopt"]
+)
+def test_emulated_reduce_scatter_trains_the_same(dist: Dist, layout: dict[str, Any], adam: bool) -> None:
+    import torch
+
+    fields = {**LLAMA, **layout}
+    for emulated, real in zip(dist(2)(_on_an_old_gloo, fields, adam), dist(2)(_train, fields, 2, 2, adam), strict=True):
+        assert emulated[0] == real[0]
+        assert all(torch.equal(emulated[1][name], real[1][name]) for name in real[1])
+
+
 def _without_ddp(fields: dict[str, Any]) -> Result:
     return _train({**fields, "ddp": False})
 
