@@ -33,9 +33,7 @@ setup(
     install_requires=["pyyaml>=6", "packaging>=23"],
     extras_require=EXTRAS,
     packages=[
-        name if sub == "" else f"{name}.{sub}"
-        for name, folder in ROOMS.items()
-        for sub in ["", *find_packages(folder)]
+        name if sub == "" else f"{name}.{sub}" for name, folder in ROOMS.items() for sub in ["", *find_packages(folder)]
     ],
     package_dir=ROOMS,
     package_data={"megamem": ["py.typed"]},

@@ -39,9 +39,7 @@ from megamem.runtime.session import AbstractSession
 _LOG = logging.getLogger("megamem")
 
 
-def enable(
-    config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None
-) -> Handle:
+def enable(config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None) -> Handle:
     """Switch on what `config` asks for, in this process; every rank calls it.
 
     `device` replaces the copy queues (a simulator, in tests); by default CUDA's for CUDA tensors, else plain copies.
@@ -94,7 +92,9 @@ class Session(AbstractSession):
         if self.config.activations.experts == "recompute" and getattr(layer, "is_moe_layer", False):
             self._checkpoint_experts(layer)
 
-    def run_layer(self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_layer(
+        self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         known = self._layers.get(layer)
         if known is None:
             check_layer(layer, self.config)
@@ -151,7 +151,9 @@ class _MeterSession(AbstractSession):
     def on_layer_built(self, layer: Module) -> None:
         pass
 
-    def run_layer(self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_layer(
+        self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if not torch.is_grad_enabled():
             return forward(layer, *args, **kwargs)
         return self._meter.run(MegatronLayer(layer).parameter_storages(), _Bound(forward, layer), args, kwargs)

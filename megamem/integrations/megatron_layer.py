@@ -17,7 +17,9 @@ from megamem.ir.activation import ANCHORS
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
 
 _ATTENTION = "self_attention.core_attention"
-_ANCHORS = dict(zip(ANCHORS, ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"), strict=True))
+_ANCHORS = dict(
+    zip(ANCHORS, ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"), strict=True)
+)
 _DEPTH = 2  # parts are the layer's submodules and theirs
 
 

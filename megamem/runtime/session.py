@@ -17,7 +17,9 @@ class AbstractSession(ABC):
         """A transformer layer has been constructed. Raises UnsupportedError where it does not go with the plan."""
 
     @abstractmethod
-    def run_layer(self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_layer(
+        self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a transformer layer's `forward`."""
 
     @abstractmethod

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import megamem.patches
 import pytest
-from megamem.patches import GROUPS
-from megamem.patches.registry import Patch, apply, inspect_patch, installed_version, source_sha, undeclared_bindings
 
+import megamem.patches
 from megamem.config import Config
 from megamem.doctor import patches_ledger
+from megamem.patches import GROUPS
+from megamem.patches.registry import Patch, apply, inspect_patch, installed_version, source_sha, undeclared_bindings
 
 RECORDS = [pytest.param(patch, id=patch.target) for patches in GROUPS.values() for patch in patches]
 

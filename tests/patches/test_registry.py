@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from megamem.errors import PatchError
 from megamem.patches.registry import (
     Patch,
     apply,
@@ -18,8 +20,6 @@ from megamem.patches.registry import (
     source_sha,
     undeclared_bindings,
 )
-
-from megamem.errors import PatchError
 
 UPSTREAM = """
 def loss(x):

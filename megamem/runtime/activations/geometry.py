@@ -55,7 +55,9 @@ def region_of(tensor: Tensor) -> Region | None:
             return None
         dims.append((numel, 1))
     else:
-        pairs = sorted(((st, si) for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1), reverse=True)
+        pairs = sorted(
+            ((st, si) for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1), reverse=True
+        )
         for stride, size in pairs:
             if stride == 0 or size == 0:
                 return None

@@ -23,7 +23,9 @@ class BackwardOrder:
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, deque[weakref.ref[LayerRun]]] = defaultdict(deque)  # last run of each segment, oldest first
+        self._open: dict[int, deque[weakref.ref[LayerRun]]] = defaultdict(
+            deque
+        )  # last run of each segment, oldest first
         self._chunk_of: weakref.WeakKeyDictionary[LayerRun, int] = weakref.WeakKeyDictionary()
         self._expected: list[int] = []
         self._seen: list[int] = []

@@ -23,7 +23,6 @@ from megamem.runtime.activations.layer import AbstractLayer
 from megamem.runtime.activations.replay import PackKey
 from megamem.runtime.activations.signature import EntrySpec, Signature, Source, is_inside
 
-
 Room = Literal["all", "base", "none"]
 """What host memory still has room for: everything that the rule sends there, the base alone, or nothing."""
 

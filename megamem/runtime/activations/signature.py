@@ -220,7 +220,9 @@ class _Learner:
         geometry = self.signature.packs[position].geometry
         assert geometry is not None
         for order in permutations(range(tensor.dim())):
-            if tuple(tensor.shape[i] for i in order) == tuple(saved.shape) and torch.equal(tensor.permute(order), saved):
+            if tuple(tensor.shape[i] for i in order) == tuple(saved.shape) and torch.equal(
+                tensor.permute(order), saved
+            ):
                 inverse = tuple(order.index(i) for i in range(len(order)))
                 found = self._compare(tensor, got, region, part=path, index=number)
                 return found and Source(geometry.permuted(inverse), found.axis, part=path, index=number)
@@ -255,9 +257,7 @@ class _Learner:
         return self._axis(full, got)
 
 
-def learn(
-    capture: Capture, fixed: list[Packed], hidden: Tensor, args: Args, kwargs: Kwargs, call: object
-) -> Signature:
+def learn(capture: Capture, fixed: list[Packed], hidden: Tensor, args: Args, kwargs: Kwargs, call: object) -> Signature:
     """Survey a captured forward and find out, by a replay of a few tokens, what can be rebuilt.
 
     A layer that numbers its tokens itself (MLA makes its rotary angles inside) fails on a part of them; such a layer
