@@ -82,12 +82,15 @@ def serve_rank(
     listener: socket.socket,
     pipe: Connection[Any, Any],
     to_close: list[Connection[Any, Any]],
-    stacks: IO[str],
+    output: IO[bytes],
 ) -> None:
     """Main function of a forked rank."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - pytest may have replaced them
     for connection in to_close:
         connection.close()
     # Third parties' warnings are not this test's business; ours are errors, as in the pytest process. Torch
@@ -99,6 +102,7 @@ def serve_rank(
     except BaseException:
         pipe.send((False, traceback.format_exc()))
         return
+    pipe.send((True, b""))
     while True:
         try:
             call: Call = pipe.recv()

@@ -39,6 +39,7 @@ from typing import IO, Any, Self
 
 from megamem.testing._rank import Call, die_with_parent, serve_rank
 
+_START_S = 60  # for forking and joining the group, which is not counted against a call
 _GRACE_S = 0.5  # after the first failure, how long the others may take to say what they saw
 
 
@@ -68,7 +69,8 @@ class RankError(RuntimeError):
 class _Rank:
     process: ForkProcess
     pipe: Connection[Any, Any]
-    stacks: IO[str]  # where the rank writes its Python stacks when it is sent SIGUSR1
+    output: IO[bytes]  # what the rank prints, and its Python stacks when it is sent SIGUSR1; opened for appending
+    seen: int = 0
 
     def exit_reason(self) -> str:
         self.process.join(5)
@@ -81,10 +83,17 @@ class _Rank:
         """Where the rank is now; works also while it waits inside gloo."""
         if self.process.pid is None or not self.process.is_alive():
             return ""
+        self.new_output()
         os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.2)
-        self.stacks.seek(0)
-        return self.stacks.read()
+        return self.new_output()
+
+    def new_output(self) -> str:
+        """What was written since the last call; read at a position, as the rank shares the file's own."""
+        size = os.fstat(self.output.fileno()).st_size
+        text = os.pread(self.output.fileno(), size - self.seen, self.seen)
+        self.seen = size
+        return text.decode(errors="replace")
 
 
 class RankPool:
@@ -95,11 +104,15 @@ class RankPool:
             raise ValueError(f"a pool needs at least one rank, not {nranks}")
         self.nranks = nranks
         self.timeout = timeout
+        self.output = ""  # what the ranks printed during the last call
         self._ranks: list[_Rank] = []
 
     def run(self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None) -> list[Any]:
         """Call `function(*args)` on every rank; the values by rank, or `RankError`."""
-        return [pickle.loads(value) for value in self._run_pickled(Call.of(function, args), timeout)]
+        try:
+            return [pickle.loads(value) for value in self._run_pickled(Call.of(function, args), timeout)]
+        finally:
+            sys.stdout.write(self.output)
 
     def close(self) -> None:
         """End the ranks."""
@@ -109,21 +122,29 @@ class RankPool:
         for rank in ranks:
             rank.process.join()
             rank.pipe.close()
-            rank.stacks.close()
+            rank.output.close()
         atexit.unregister(self.close)
 
     def _run_pickled(self, call: Call, timeout: float | None) -> list[bytes]:
         """Values stay pickled here: a server must not run the torch code that unpickling a tensor is."""
-        if not self._ranks:
-            self._fork()
         try:
+            if not self._ranks:
+                self._fork()
+                self._collect(_START_S)
             for rank in self._ranks:
                 with contextlib.suppress(OSError):  # it died while idle; collecting finds that out
                     rank.pipe.send(call)
-            return self._collect(self.timeout if timeout is None else timeout)
+            values = self._collect(self.timeout if timeout is None else timeout)
         except BaseException:
+            self._take_output()
             self.close()
             raise
+        self._take_output()
+        return values
+
+    def _take_output(self) -> None:
+        texts = ((index, rank.new_output()) for index, rank in enumerate(self._ranks))
+        self.output = "".join(f"[rank {index}] {line}\n" for index, text in texts for line in text.splitlines())
 
     def _fork(self) -> None:
         _import_once()
@@ -131,16 +152,16 @@ class RankPool:
         with socket.create_server(("127.0.0.1", 0)) as listener:  # inherited by rank 0: no port is ever free for others
             for index in range(self.nranks):
                 ours, theirs = context.Pipe()
-                stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the rank
+                output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed with the rank
                 to_close = [*(rank.pipe for rank in self._ranks), ours]
                 process = context.Process(
                     target=serve_rank,
-                    args=(index, self.nranks, listener, theirs, to_close, stacks),
+                    args=(index, self.nranks, listener, theirs, to_close, output),
                     name=f"rank-{index}",
                 )
                 process.start()
                 theirs.close()
-                self._ranks.append(_Rank(process=process, pipe=ours, stacks=stacks))
+                self._ranks.append(_Rank(process=process, pipe=ours, output=output))
         atexit.register(self.close)
 
     def _collect(self, timeout: float) -> list[bytes]:
@@ -200,7 +221,10 @@ def _import_once() -> None:
 
 
 class _Server:
-    """The clean process. Requests: (nranks, reuse, Call, timeout); answers: (True, values) or (False, exception)."""
+    """The clean process. Requests: (nranks, reuse, Call, timeout).
+
+    Answers: (True, values, output) or (False, exception, output).
+    """
 
     def __init__(self) -> None:
         context = get_context("fork")
@@ -220,12 +244,13 @@ class _Server:
     def request(self, nranks: int, reuse: bool, call: Call, timeout: float) -> list[Any]:
         try:
             self.pipe.send((nranks, reuse, call, timeout))
-            succeeded, payload = self.pipe.recv()
+            succeeded, payload, output = self.pipe.recv()
         except (EOFError, OSError) as error:
             raise RuntimeError("the fork server of megamem.testing.dist has died") from error
         except BaseException:  # an interrupt: question and answer are out of step
             self.process.kill()
             raise
+        sys.stdout.write(output)  # here, so that pytest shows it with the test
         if not succeeded:
             raise payload
         return [pickle.loads(value) for value in payload]
@@ -246,7 +271,7 @@ def _serve(pipe: Connection[Any, Any], other_end: Connection[Any, Any]) -> None:
                 answer = False, error  # type: ignore[assignment]
             if not reuse:
                 pool.close()
-            pipe.send(answer)
+            pipe.send((*answer, pool.output))
     except EOFError:
         pass
     finally:

@@ -70,6 +70,12 @@ def _state() -> tuple[bool, int, str, float]:
     return parallel_state.model_parallel_is_initialized(), groups, str(torch.get_default_dtype()), torch.rand(1).item()
 
 
+def _print() -> None:
+    import torch.distributed as dist
+
+    print("hello from", dist.get_rank())
+
+
 def _big(tensor: Any) -> Any:
     return tensor * 2
 
@@ -84,6 +90,12 @@ def test_tensors_travel_both_ways(dist: Dist) -> None:
     given = torch.arange(100_000.0).bfloat16()  # more than a pipe holds
     for value in dist(2)(_big, given):
         assert torch.equal(value, given * 2)
+
+
+def test_what_ranks_print_is_shown_with_the_test(dist: Dist, capsys: pytest.CaptureFixture[str]) -> None:
+    dist(2)(_print)
+    dist(2)(_print)
+    assert capsys.readouterr().out.count("[rank 1] hello from 1\n") == 2
 
 
 def test_ranks_are_reused_between_cases_and_new_after_a_failure(dist: Dist) -> None:
@@ -126,8 +138,8 @@ def test_death_by_signal_is_named(dist: Dist) -> None:
 
 
 def test_a_time_out_says_where_the_rank_is(dist: Dist) -> None:
-    with pytest.raises(RankError, match="rank 1 did not finish within 1 s") as caught:
-        dist(2)(_rank_one_waits_for_nobody, timeout=1)
+    with pytest.raises(RankError, match="rank 1 did not finish within 2 s") as caught:
+        dist(2)(_rank_one_waits_for_nobody, timeout=2)
     assert [failure.rank for failure in caught.value.failures] == [1]
     assert "_rank_one_waits_for_nobody" in caught.value.failures[0].details
 
