@@ -28,7 +28,7 @@ from megamem.config import Config
 def _run(args: argparse.Namespace, name: str, config: Config, datasets: tuple[Any, Any]) -> Any:
     """One training run from the seeds on; returns its history."""
     import torch.distributed as dist
-    from pretrain.launch import activation_meter, set_seeds
+    from pretrain.launch import set_seeds
     from pretrain.loop import train
     from pretrain.model import build_training
     from pretrain.report import Reporter
@@ -38,12 +38,21 @@ def _run(args: argparse.Namespace, name: str, config: Config, datasets: tuple[An
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.close)
         handle = stack.enter_context(megamem.enable(config)) if config.enabled else None
+        meter = handle.meter() if handle is not None else stack.enter_context(_stock_meter(args))
         training = build_training(args)
-        meter = stack.enter_context(activation_meter(args, handle, training.chunks))
         history = train(args, training, datasets, reporter, meter)
         if handle is not None:
             reporter.say(f"\n{handle.report()}")
     return history
+
+
+def _stock_meter(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Counts activations in a stock run: to compare with, and on CPUs, which have no memory statistics, always."""
+    if not (args.compare or args.on_cpu):
+        return contextlib.nullcontext()
+    from megamem.integrations.megatron_core import measured_activations
+
+    return measured_activations()
 
 
 def _free() -> None:
@@ -60,7 +69,7 @@ def _quieten() -> None:
     """Silence what Megatron says of absent packages, and PyTorch of names that Megatron still uses."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="megatron")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 

@@ -71,9 +71,3 @@ def set_seeds(args: argparse.Namespace) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def activation_meter(
-    args: argparse.Namespace, handle: object, chunks: list[object]
-) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()

@@ -82,7 +82,8 @@ def _parallelism(args: argparse.Namespace) -> dict[str, Any]:
         "sequence_parallel": args.sequence_parallel,
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        "deallocate_pipeline_outputs": True,
+        # Freed at once, an output may be gone before gloo has sent it; NCCL's sends are ordered by the stream.
+        "deallocate_pipeline_outputs": not (args.on_cpu and interleaved),
     }
 
 
