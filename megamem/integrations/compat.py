@@ -10,7 +10,7 @@ import torch
 def uses_cuda_graphs(config: Any) -> bool:
     """Whether layers run inside CUDA graphs, which replay without calling Python.
 
-    0.15 has `enable_cuda_graph` and `external_cuda_graph`; `cuda_graph_impl` came beside them in 0.15 and replaced them.
+    0.15 has `enable_cuda_graph`, `external_cuda_graph` and beside them `cuda_graph_impl`, which replaced them.
     """
     implementation = getattr(config, "cuda_graph_impl", None)
     return (

@@ -121,8 +121,8 @@ class Session(AbstractSession):
         if not anywhere or (self._num_built and not is_live):
             raise NotLiveError(
                 f"activations.policy is {self.config.activations.policy}, a step has run, and no TransformerLayer of "
-                f"{'any rank' if not anywhere else 'this rank'} went through megamem. Is the model made of layers with a "
-                "forward of their own, or was megamem disabled? Set activations.policy: off to go on without"
+                f"{'any rank' if not anywhere else 'this rank'} went through megamem. Is the model made of layers with "
+                "a forward of their own, or was megamem disabled? Set activations.policy: off to go on without"
             )
 
     def _build_engine(self, layer: Any, hidden: torch.Tensor) -> ActivationEngine:
@@ -240,7 +240,7 @@ def _device_of(hidden: torch.Tensor) -> AbstractDevice:
 
 
 def check_layer(layer: Any, config: Config) -> None:
-    """Refuse a layer whose settings do not go with the activation options. Raises UnsupportedError with every reason."""
+    """Refuse a layer whose settings do not go with the activation options: UnsupportedError with every reason."""
     problems = list(_conflicts(layer, layer.config, config))
     if problems:
         raise UnsupportedError(f"activations.policy: {config.activations.policy}: " + "; ".join(problems))
@@ -254,8 +254,8 @@ def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
         problems.append("CUDA graphs replay a layer without calling Python; set cuda_graph_impl to none")
     if compat.uses_fine_grained_offload(model):
         problems.append(
-            "Megatron's fine-grained activation offloading installs saved-tensor hooks of its own, and only the innermost "
-            "pair runs; switch fine_grained_activation_offloading off"
+            "Megatron's fine-grained activation offloading installs saved-tensor hooks of its own, and only the "
+            "innermost pair runs; switch fine_grained_activation_offloading off"
         )
     if getattr(model, "cpu_offloading", False):
         problems.append("Megatron's cpu_offloading does the same with whole layers; switch it off")
@@ -274,7 +274,8 @@ def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
         )
     if compat.uses_low_precision(model) and any(rule.recomputes for rule in plan.rules):
         problems.append(
-            "FP8 and FP4 tensors are swapped whole, since scales belong to all tokens; use policy memo with swap_fraction 1"
+            "FP8 and FP4 tensors are swapped whole, since scales belong to all tokens; use policy memo with "
+            "swap_fraction 1"
         )
     if type(layer.cross_attention).__name__ != "IdentityOp":
         problems.append("layers with cross attention are not supported")

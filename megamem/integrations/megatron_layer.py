@@ -33,12 +33,11 @@ class MegatronLayer(AbstractLayer):
 
     def __init__(self, module: Module) -> None:
         self._module: Any = module
-        config = self._module.config
         self._experts = "mlp" if getattr(module, "is_moe_layer", False) else None
         self._parts = dict(_parts(module, self._experts))
         self._anchors = {name: path for name, path in _ANCHORS.items() if path in self._parts}
-        self._blocks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        self._names = list(inspect.signature(self._module._forward_attention).parameters)
+        self._blocks = _token_blocks(module.config)
+        self._names = _arguments(module)
 
     @property
     def number(self) -> int:
@@ -62,7 +61,7 @@ class MegatronLayer(AbstractLayer):
 
     @property
     def token_blocks(self) -> int:
-        return int(self._blocks)
+        return self._blocks
 
     @property
     def has_dropout(self) -> bool:
@@ -118,7 +117,7 @@ class MegatronLayer(AbstractLayer):
         finally:
             while len(messages) > depth:
                 messages.pop()
-                torch.cuda.nvtx.range_pop()
+                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
     def _named(self, args: Args, kwargs: Kwargs) -> Kwargs:
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -133,7 +132,16 @@ class MegatronLayer(AbstractLayer):
             )
         if start == 0 and stop == per_block:
             return rotary
-        return rotary.unflatten(0, (self._blocks, per_block))[:, start:stop].flatten(0, 1)
+        return torch.unflatten(rotary, 0, (self._blocks, per_block))[:, start:stop].flatten(0, 1)
+
+
+def _token_blocks(config: Any) -> int:
+    return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
+
+
+def _arguments(layer: Any) -> list[str]:
+    """Names of what the layer's forward takes, in order; it passes everything on to this."""
+    return list(inspect.signature(layer._forward_attention).parameters)
 
 
 def _parts(layer: Module, experts: str | None) -> Iterator[tuple[str, Module]]:

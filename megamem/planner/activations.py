@@ -4,8 +4,8 @@ recompute   layer input and attention output stay in device memory, everything e
 memo        MEMO's rule (arXiv 2407.12117, section 4): layer input and attention output of every layer are swapped, one
             fraction alpha of the tokens of all other saved tensors too, the rest is rebuilt; the last layers are left
             alone, since their backward pass starts before a copy could come back.
-ordered     densest first: what costs most to rebuild, by byte, is stored first. Attention output (O(s) a byte), then the
-            outputs of the linear layers (O(h) a byte, all alike: one fraction for them). What element-wise
+ordered     densest first: what costs most to rebuild, by byte, is stored first. Attention output (O(s) a byte), then
+            the outputs of the linear layers (O(h) a byte, all alike: one fraction for them). What element-wise
             operations make is never stored: rebuilding it is 26 times faster than a PCIe link.
 """
 

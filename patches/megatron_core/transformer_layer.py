@@ -35,7 +35,7 @@ PATCHES = (
     Patch(
         target="megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
         build=_announced,
-        why="Settings that do not go with activation swap must be refused while the model is built, not in its first step.",
+        why="Settings that do not go with activation swap must be refused while a model is built, not in a step.",
         supports=_SUPPORTS,
         remove_when="Megatron-Core calls a hook for every layer it builds.",
     ),

@@ -41,8 +41,8 @@ class Handle:
             # torch's own check of this is off while hooks are installed.
             if self.tensor._version != self.version:
                 raise ActivationError(
-                    f"a tensor of shape {list(self.tensor.shape)} that autograd saved for the backward pass was changed "
-                    "in place afterwards; clone it before the in-place operation"
+                    f"a tensor of shape {list(self.tensor.shape)} that autograd saved for the backward pass was "
+                    "changed in place afterwards; clone it before the in-place operation"
                 )
             return self.tensor
         task = torch._C._current_graph_task_id()
@@ -125,6 +125,10 @@ class Capture:
         io = self.io.get(path) if path is not None else None
         return first_tensor(io.result) if io is not None else None
 
+    def forget(self) -> None:
+        """Drop the notes. Needed: the graph holds the pack hook, and so this object, until it is freed itself."""
+        self.packed, self.io, self.random_states = [], {}, []
+
     def split(self) -> tuple[list[Packed], list[Packed]]:
         """The calls that are the same in every step, and those of the experts, whose shapes follow the routing.
 
@@ -134,7 +138,8 @@ class Capture:
         if experts is None:
             return self.packed, []
         inputs = {(t.data_ptr(), t.numel()) for t in self.io[experts].inputs} if experts in self.io else set()
-        fixed, routed = [], []
+        fixed: list[Packed] = []
+        routed: list[Packed] = []
         for note in self.packed:
             inside = note.path == experts or note.path.startswith(experts + ".")
             is_input = inside and (note.tensor.data_ptr(), note.tensor.numel()) in inputs

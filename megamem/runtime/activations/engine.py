@@ -26,7 +26,7 @@ from torch import Tensor
 from megamem.errors import UnsupportedError
 from megamem.ir.activation import EXPERTS, ActivationPlan, LayerRule
 from megamem.runtime.activations.capture import Capture, Packed
-from megamem.runtime.activations.geometry import Geometry, compact, region_of
+from megamem.runtime.activations.geometry import Geometry, Region, compact, region_of
 from megamem.runtime.activations.host_arena import HostArena
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
 from megamem.runtime.activations.meter import ActivationMeter
@@ -121,11 +121,12 @@ class ActivationEngine:
             signature = self._learn(capture, fixed, hidden, args, kwargs, call, rule)
             self._signatures[key] = signature
         self.stats.num_runs += 1
-        if not signature.matches(fixed):
+        if signature.matches(fixed):
+            self._seal(run, rule, capture, fixed, key, signature, hidden)
+            self._seal_experts(run, routed)
+        else:
             self._leave_alone(capture.packed, key, layer)
-            return result
-        self._seal(run, rule, capture, fixed, key, signature, hidden)
-        self._seal_experts(run, rule, routed)
+        capture.forget()
         self.stats.kept_nbytes += run.kept_nbytes
         self.stats.retained.add(run.kept_nbytes)
         return result
@@ -186,11 +187,12 @@ class ActivationEngine:
             self.stats.num_without_room += 1
             self._warn_of_room(run.layer.number, room)
         self.stats.swapped_nbytes += sum(shipment.parcel.nbytes for shipment in run.shipments)
+        assert recipe is not None, "_ROOMS is not empty"
         self.stats.num_replayed_layers += bool(recipe.segments)
 
-    def _seal_experts(self, run: LayerRun, rule: LayerRule, routed: list[Packed]) -> None:
+    def _seal_experts(self, run: LayerRun, routed: list[Packed]) -> None:
         """Experts' tensors: left where they are, or sent away whole."""
-        regions = {}
+        regions: dict[Region, list[Packed]] = {}
         for note in routed:
             region = None
             if self.expert_courier is not None and note.tensor.untyped_storage().nbytes():
@@ -324,6 +326,6 @@ def _refuse_outer_hooks(layer: AbstractLayer) -> None:
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise UnsupportedError(
             f"layer {layer.number} runs inside somebody else's saved-tensor hooks (save_on_cpu, non-reentrant "
-            "checkpointing, Megatron's fine-grained offload). Only the innermost pair of hooks sees a tensor, so the two "
-            "cannot be combined: switch one off"
+            "checkpointing, Megatron's fine-grained offload). Only the innermost pair of hooks sees a tensor, so the "
+            "two cannot be combined: switch one off"
         )

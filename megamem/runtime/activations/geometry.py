@@ -55,10 +55,8 @@ def region_of(tensor: Tensor) -> Region | None:
             return None
         dims.append((numel, 1))
     else:
-        pairs = sorted(
-            ((st, si) for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1), reverse=True
-        )
-        for stride, size in pairs:
+        pairs = zip(tensor.stride(), tensor.shape, strict=True)
+        for stride, size in sorted((pair for pair in pairs if pair[1] != 1), reverse=True):
             if stride == 0 or size == 0:
                 return None
             if dims and dims[-1][1] == stride * size:
@@ -67,7 +65,7 @@ def region_of(tensor: Tensor) -> Region | None:
                 return None  # overlapping
             else:
                 dims.append((size, stride))
-    return Region(tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.storage_offset(), tuple(dims))
+    return Region(tensor.untyped_storage().data_ptr(), tensor.dtype, int(tensor.storage_offset()), tuple(dims))
 
 
 def compact_strides(tensor: Tensor, region: Region) -> tuple[int, ...]:
@@ -125,7 +123,7 @@ class TokenAxis:
 
     def blocked(self, tensor: Tensor) -> Tensor:
         """A view with the dimension split in (blocks, tokens * inner); one dimension more."""
-        return tensor.unflatten(self.dim, (self.blocks, tensor.shape[self.dim] // self.blocks))
+        return torch.unflatten(tensor, self.dim, (self.blocks, tensor.shape[self.dim] // self.blocks))
 
     def range(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """The tokens [start, stop) of every block, as a *blocked* view."""

@@ -23,9 +23,8 @@ class BackwardOrder:
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, deque[weakref.ref[LayerRun]]] = defaultdict(
-            deque
-        )  # last run of each segment, oldest first
+        # The last run of each segment, oldest first.
+        self._open: dict[int, deque[weakref.ref[LayerRun]]] = defaultdict(deque)
         self._chunk_of: weakref.WeakKeyDictionary[LayerRun, int] = weakref.WeakKeyDictionary()
         self._expected: list[int] = []
         self._seen: list[int] = []
@@ -41,7 +40,7 @@ class BackwardOrder:
             line.append(weakref.ref(run))
 
     def next_after(self, run: LayerRun) -> list[LayerRun]:
-        """The run whose backward pass is expected after that of `run`, if it has something to fetch; else further on."""
+        """The run whose backward pass is expected after that of `run`, or one further on if it has nothing to fetch."""
         self._note(run)
         later = run.previous
         while later is not None and not later.shipments:

@@ -135,8 +135,8 @@ class _Maker:
             return 0
         if fate.is_partial and self.signature.whole_only:
             raise UnsupportedError(
-                f"layer {self.layer.number}: a fraction of {fate.fraction:g} is not possible: {self.signature.whole_only}; "
-                "use a fraction of 0 or 1"
+                f"layer {self.layer.number}: a fraction of {fate.fraction:g} is not possible, use 0 or 1: "
+                f"{self.signature.whole_only}"
             )
         return fate.num_tokens(self.tokens)
 

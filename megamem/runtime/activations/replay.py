@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, tensors_of, with_first_tensor
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, first_tensor, tensors_of, with_first_tensor
 
 PackKey = tuple[str, int]  # (path of the part that ran, ordinal of the saved tensor within it)
 InputKey = tuple[str, int]  # (path of a part, position among its tensor arguments)
@@ -31,7 +31,7 @@ class Replay:
     wanted:       pack keys and input keys -> what to do with the tensor; each is served once, and when an action
                   returns True nothing more is wanted and the replay ends.
     stop_before:  path of a part that is never entered (the experts).
-    collect_all:  keep everything that comes by, in `packed`, `inputs` and `results` (used for learning).
+    collect_all:  keep everything that comes by, in `packed`, `inputs` and `outputs` (used for learning).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Replay:
         self.stop_before, self.collect_all = stop_before, collect_all
         self.packed: dict[PackKey, Tensor] = {}
         self.inputs: dict[str, list[Tensor]] = {}
-        self.results: dict[str, Any] = {}
+        self.outputs: dict[str, Tensor] = {}
         self._stack = [""]
         self._ordinals: dict[str, int] = {}
         self._random_states: list[Any] = []
@@ -129,8 +129,9 @@ class Replay:
             result = original(*args, **kwargs)
         finally:
             self._stack.pop()
-        if self.collect_all:
-            self.results[path] = result
+        output = first_tensor(result) if self.collect_all else None
+        if output is not None:
+            self.outputs[path] = output.detach()  # with its graph it would keep itself alive: the graph holds our hooks
         return result
 
 

@@ -419,8 +419,8 @@ class LayerRun:
         )  # fmt: skip
         if wanted:
             raise ActivationError(
-                f"layer {self.layer.number}: running its forward again on tokens {segment.start}..{segment.stop} did not "
-                f"bring back {len(wanted)} of the tensors it saved; the layer does something else than in its first step"
+                f"layer {self.layer.number}: running its forward again on tokens {segment.start}..{segment.stop} did "
+                f"not bring back {len(wanted)} of the tensors it saved; it does something else than in its first step"
             )
         self.engine.stats.replayed_tokens += segment.stop - segment.start
 
@@ -447,8 +447,8 @@ class LayerRun:
         if self.hidden is None:
             if self.previous is None or self.previous.is_back:
                 raise ActivationError(
-                    f"layer {self.layer.number}: its input was to be rebuilt from the layer before, whose backward pass "
-                    "is already over; set activations.residual_every: 1"
+                    f"layer {self.layer.number}: its input was to be rebuilt from the layer before, whose backward "
+                    "pass is already over; set activations.residual_every: 1"
                 )
             self.hidden = self.previous._output()
         return self.hidden

@@ -21,7 +21,7 @@ from megamem.errors import UnsupportedError
 from megamem.ir.activation import BASE, SAVED
 from megamem.runtime.activations.capture import Capture, Packed
 from megamem.runtime.activations.geometry import Geometry, Region, TokenAxis, region_of, token_axes
-from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, first_tensor
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
 from megamem.runtime.activations.replay import PackKey, Replay
 
 _PROBE_TOKENS = 16
@@ -220,12 +220,11 @@ class _Learner:
         geometry = self.signature.packs[position].geometry
         assert geometry is not None
         for order in permutations(range(tensor.dim())):
-            if tuple(tensor.shape[i] for i in order) == tuple(saved.shape) and torch.equal(
-                tensor.permute(order), saved
-            ):
+            permuted = tensor.permute(order)
+            if permuted.shape == saved.shape and torch.equal(permuted, saved):
                 inverse = tuple(order.index(i) for i in range(len(order)))
                 found = self._compare(tensor, got, region, part=path, index=number)
-                return found and Source(geometry.permuted(inverse), found.axis, part=path, index=number)
+                return Source(geometry.permuted(inverse), found.axis, part=path, index=number) if found else None
         return None
 
     def _compare(
@@ -241,7 +240,7 @@ class _Learner:
             # A probe of all tokens (dropout) tells nothing of the axis: then only whole replays are allowed.
             return Source(geometry, None, pack, part, index)
         axis = self._axis(full, got)
-        return axis and Source(geometry, axis, pack, part, index)
+        return Source(geometry, axis, pack, part, index) if axis else None
 
     def _axis(self, full: Tensor, got: Tensor) -> TokenAxis | None:
         taken = self.stop - self.start
@@ -249,7 +248,7 @@ class _Learner:
         return next((axis for axis in axes if _close(axis.take(full, self.start, self.stop), got)), None)
 
     def _anchor_axis(self, path: str, replay: Replay) -> TokenAxis | None:
-        full, got = self.capture.output(path), first_tensor(replay.results.get(path))
+        full, got = self.capture.output(path), replay.outputs.get(path)
         if full is None or got is None:
             return None
         if full.shape == got.shape:
