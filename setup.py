@@ -25,7 +25,7 @@ EXTRAS = {
 setup(
     name="megamem",
     version="0.1.0.dev0",
-    description="Train longer sequences on the GPUs you have: token-wise activation swap and recompute for Megatron-Core.",
+    description="Longer sequences on the GPUs you have: token-wise activation swap and recompute for Megatron-Core.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
