@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Format, lint, types and size, without running anything: the first part of ci/test.sh.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: ci/check.sh [--help]
+
+Checks the format (ruff format), lint (ruff check), types (mypy --strict) and size budget (ci/size.py) of the sources.
+Every check runs even if one before it failed. The types are those of the wheel that users install: kernels/ and
+patches/ become megamem.kernels and megamem.patches only there.
+
+environment:
+  PY   the Python that has ruff, mypy and the packages of the `dev` and `train` extras   (default: .venv/bin/python)
+TEXT
+}
+
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PY=${PY:-$PWD/.venv/bin/python}
+FAILED=()
+
+if ! "$PY" -c 'import mypy, ruff, torch' 2>/dev/null; then
+    echo "ci/check.sh: $PY lacks ruff, mypy or torch; run ci/test.sh, which installs them, or set PY" >&2
+    exit 2
+fi
+
+check() {
+    local what=$1 start=$SECONDS
+    shift
+    if "$@"; then
+        echo "check: $what passed ($((SECONDS - start)) s)"
+    else
+        echo "check: $what FAILED ($((SECONDS - start)) s): $*"
+        FAILED+=("$what")
+    fi
+}
+
+# The path stays the same from run to run, so that mypy finds its own cache again. The sources are copied first: setuptools
+# builds in place, and would put files that are long deleted here into the wheel.
+check_types() {
+    local work=$PWD/.cache/check config=$PWD/pyproject.toml
+    rm -rf "$work"
+    mkdir -p "$work/source"
+    cp -R megamem kernels patches setup.py pyproject.toml README.md "$work/source/" || return
+    "$PY" -m pip wheel -q --no-build-isolation --no-deps -w "$work" "$work/source" || return
+    "$PY" -m pip install -q --no-deps --target "$work/site" "$work"/megamem-*.whl || return
+    (cd "$work/site" && "$PY" -m mypy --config-file "$config" --cache-dir "${config%/*}/.mypy_cache" -p megamem)
+}
+
+check format "$PY" -m ruff format --check --quiet .
+check lint "$PY" -m ruff check --quiet .
+check size "$PY" ci/size.py
+check types check_types
+
+if [ ${#FAILED[@]} -gt 0 ]; then
+    echo "check: FAILED: ${FAILED[*]}"
+    exit 1
+fi
+echo "check: everything passed in $SECONDS s"
