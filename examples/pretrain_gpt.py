@@ -23,6 +23,7 @@ from pretrain.arguments import parse
 
 import megamem
 from megamem.config import Config
+from megamem.errors import MegamemError
 
 
 def _run(args: argparse.Namespace, name: str, config: Config, datasets: tuple[Any, Any]) -> Any:
@@ -75,30 +76,37 @@ def _quieten() -> None:
 
 
 def main() -> int:
-    """Parse, launch, train once or twice; the exit status."""
+    """Parse and launch; the exit status."""
     args, config = parse()
     _quieten()
-
-    import torch.distributed as dist
     from pretrain.launch import job
 
-    with job(args):
-        from pretrain.data import build_datasets
-        from pretrain.report import comparison
+    try:
+        with job(args):
+            return _train(args, config)
+    except MegamemError as error:
+        raise SystemExit(f"pretrain_gpt.py: error: {error}") from error
 
-        datasets = build_datasets(args)
-        if not args.compare:
-            history = _run(args, "megamem" if config.enabled else "stock", config, datasets)
-            return 130 if history.interrupted else 0
-        stock = _run(args, "stock", Config(), datasets)
-        if stock.interrupted:
-            return 130
-        _free()
-        ours = _run(args, "megamem", config, datasets)
-        text, agree = comparison(stock, ours, args.compare_tolerance)
-        if dist.get_rank() == 0:
-            print(text, flush=True)
-        return 130 if ours.interrupted else int(not agree)
+
+def _train(args: argparse.Namespace, config: Config) -> int:
+    """Train once, or twice to compare; the exit status: 1 if the losses differ, 130 if interrupted."""
+    import torch.distributed as dist
+    from pretrain.data import build_datasets
+    from pretrain.report import comparison
+
+    datasets = build_datasets(args)
+    if not args.compare:
+        history = _run(args, "megamem" if config.enabled else "stock", config, datasets)
+        return 130 if history.interrupted else 0
+    stock = _run(args, "stock", Config(), datasets)
+    if stock.interrupted:
+        return 130
+    _free()
+    ours = _run(args, "megamem", config, datasets)
+    text, agree = comparison(stock, ours, args.compare_tolerance)
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+    return 130 if ours.interrupted else int(not agree)
 
 
 if __name__ == "__main__":

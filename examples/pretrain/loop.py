@@ -156,13 +156,25 @@ def _due(interval: int | None, iteration: int) -> bool:
     return interval is not None and iteration % interval == 0
 
 
+# What gloo, NCCL and PyTorch's store say when another rank is gone or hangs.
+_LOST_PEER = ("peer", "timed out", "timeout", "connection", "socket", "broken pipe", "nccl")
+
+
 @contextlib.contextmanager
-def _naming_iteration(training: Training) -> Iterator[None]:
-    """A failed collective says nothing about where the run was; this does."""
+def _explaining(args: argparse.Namespace, training: Training) -> Iterator[None]:
+    """A failed collective says nothing about where the run was, nor that the fault is another rank's; this does."""
     try:
         yield
     except RuntimeError as error:
-        error.add_note(f"rank {dist.get_rank()}, iteration {training.iteration + 1}")
+        where = f"rank {dist.get_rank()}, iteration {training.iteration + 1}"
+        first = str(error).partition("\n")[0]
+        if any(word in first.lower() for word in _LOST_PEER):
+            again = f"start again with --load {args.save}" if args.save else "start again"
+            text = (
+                f"pretrain_gpt.py: error: {where}: another rank ended or hangs, see its own message; {again} ({first})"
+            )
+            raise SystemExit(text) from error
+        error.add_note(where)
         raise
 
 
@@ -182,7 +194,7 @@ def train(
         chunk.train()
     stop = False
     evaluated = None
-    with Interrupt() as interrupt, _naming_iteration(training):
+    with Interrupt() as interrupt, _explaining(args, training):
         while training.iteration < args.train_iters and not stop:
             record, stop = _step(args, training, train_data, meter, interrupt)
             reporter.iteration(record)

@@ -1,0 +1,291 @@
+"""The examples, run as a user runs them: whole jobs under torchrun, on tiny sizes.
+
+One run is trained to the end (`reference`); the other cases start from its checkpoints or are compared with its losses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+SCRIPT = str(EXAMPLES / "pretrain_gpt.py")
+LONG = 150
+
+slow = [pytest.mark.slow, pytest.mark.megatron]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a rank, no GPU, and the package of this checkout."""
+    base = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **base, **more}
+
+
+def run(ranks: int, *flags: object, status: int = 0) -> str:
+    """Run the main job; its output. Fails with that output unless it ends with `status`."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launcher, SCRIPT, *map(str, flags)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == status, output[-4000:]
+    return output
+
+
+def records(log: Path) -> dict[int, dict[str, Any]]:
+    """The iterations of a JSON log: what has to be the same in a resumed run."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        line["iteration"]: {key: line[key] for key in ("loss", "grad_norm", "lr")}
+        for line in lines
+        if "loss" in line and "iteration" in line
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text corpus of this repository's own sources, and room for logs and checkpoints."""
+    base = tmp_path_factory.mktemp("examples")
+    shutil.copytree(ROOT / "megamem", base / "text", ignore=shutil.ignore_patterns("__pycache__"))
+    return base
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> list[object]:
+    """Data and a model that trains in milliseconds."""
+    data = ["--data-text", folder / "text", "--data-cache-path", folder / "cache"]
+    return [*data, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 64, "--global-batch-size", 4]
+
+
+TENSOR = ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--group-query-attention", "--num-query-groups", 2]
+LLAMA = ["--num-layers", 2, "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear", "--train-iters", 6]
+# Dropout makes the resumed run depend on the restored random numbers.
+REFERENCE = [*TENSOR, *LLAMA, "--hidden-dropout", 0.1, "--use-distributed-optimizer", "--eval-iters", 1]
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, small: list[object]) -> tuple[dict[int, dict[str, Any]], str]:
+    """Six iterations on two tensor-parallel ranks, with checkpoints of 3 and 6 written asynchronously."""
+    flags = ["--save", folder / "checkpoints", "--save-interval", 3, "--async-save", "--eval-interval", 3]
+    logs = ["--log-json", folder / "reference.jsonl", "--tensorboard-dir", folder / "tensorboard"]
+    output = run(2, *small, *REFERENCE, *flags, *logs)
+    return records(folder / "reference.jsonl"), output
+
+
+class TestMainJob:
+    pytestmark = slow
+
+    def test_trains_evaluates_and_logs(self, folder: Path, reference: tuple[dict[int, dict[str, Any]], str]) -> None:
+        iterations, output = reference
+        assert sorted(iterations) == [1, 2, 3, 4, 5, 6]
+        assert iterations[6]["loss"] < iterations[1]["loss"] < 6.5
+        assert output.count("validation loss") == 2
+        assert "tokens/s" in output and "MFU -" in output
+        assert list((folder / "tensorboard").glob("events.*"))
+        summary = json.loads((folder / "reference.jsonl").read_text().splitlines()[-1])
+        assert summary["summary"] == "stock" and summary["iterations"] == 6
+        assert summary["activation_bytes"] > 0 and not summary["interrupted"]
+
+    def test_resumes_with_megamem_on_to_the_same_bits(
+        self, folder: Path, small: list[object], reference: tuple[dict[int, dict[str, Any]], str]
+    ) -> None:
+        (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3\n")
+        on = ["--megamem", EXAMPLES / "recipes/memo.yaml", "--megamem-activations-keep-last-layers", 0]
+        log = ["--load", folder / "checkpoints", "--log-json", folder / "resumed.jsonl"]
+        output = run(2, *small, *REFERENCE, *log, *on)
+        assert "resumed from iteration 3" in output
+        assert "swapped to host memory" in output
+        assert records(folder / "resumed.jsonl") == {number: reference[0][number] for number in (4, 5, 6)}
+
+    def test_checkpoint_of_another_model_is_refused_by_name(
+        self, folder: Path, small: list[object], reference: tuple[dict[int, dict[str, Any]], str]
+    ) -> None:
+        output = run(1, *small, *LLAMA, "--num-layers", 3, "--load", folder / "checkpoints", status=1)
+        assert "holds another model: --num-layers 2 there, 3 here" in output
+
+    def test_compare_on_tensor_and_interleaved_pipeline_ranks_in_bf16(self, small: list[object]) -> None:
+        stages = ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2, "--num-layers", 4]
+        memo = ["--compare", "--megamem-activations-policy", "memo", "--megamem-activations-keep-last-layers", 0]
+        output = run(4, *small, *LLAMA, *TENSOR, *stages, "--train-iters", 2, "--bf16", "--overlap-grad-reduce", *memo)
+        assert "bitwise equal" in output
+        assert "activations, peak" in output
+
+    def test_experts_over_two_ranks_resume(self, folder: Path, small: list[object]) -> None:
+        experts = ["--num-experts", 4, "--expert-model-parallel-size", 2, "--num-layers", 2, "--train-iters", 4]
+        first = [*small, *experts, "--save", folder / "moe", "--save-interval", 2, "--log-json", folder / "moe.jsonl"]
+        run(2, *first)
+        (folder / "moe" / "latest_checkpointed_iteration.txt").write_text("2\n")
+        run(2, *small, *experts, "--load", folder / "moe", "--log-json", folder / "moe2.jsonl")
+        whole = records(folder / "moe.jsonl")
+        assert records(folder / "moe2.jsonl") == {number: whole[number] for number in (3, 4)}
+
+
+class TestEnding:
+    pytestmark = slow
+
+    @pytest.fixture
+    def endless(self, folder: Path, small: list[object]) -> list[str]:
+        flags = [*small, "--num-layers", 2, "--train-iters", 100000, "--distributed-timeout-minutes", 1]
+        return [sys.executable, "-u", SCRIPT, *map(str, flags)]
+
+    def test_interrupt_saves_and_exits(self, folder: Path, endless: list[str]) -> None:
+        with started([*endless, "--save", str(folder / "stopped")]) as job:
+            wait_for(job, "100000 | loss")
+            job.send_signal(signal.SIGINT)
+            output = job.communicate(timeout=60)[0]
+        assert job.returncode == 130, output
+        assert "saved iteration" in output
+        assert (folder / "stopped" / "latest_checkpointed_iteration.txt").is_file()
+
+    def test_when_one_rank_is_killed_the_other_says_so_and_ends(self, endless: list[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        with started(endless, **ranks[0]) as survivor, started(endless, **ranks[1]) as victim:
+            wait_for(survivor, "100000 | loss")
+            victim.kill()
+            start = time.monotonic()
+            output = survivor.communicate(timeout=90)[0]
+        assert time.monotonic() - start < 60
+        assert survivor.returncode == 1
+        assert "another rank ended or hangs" in output, output[-3000:]
+
+
+class started:  # noqa: N801 - reads as a verb in `with started(...)`
+    """A job that is certainly gone when the block ends."""
+
+    def __init__(self, command: list[str], **more: str) -> None:
+        self._command, self._environment = command, environment(**more)
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        self._job = subprocess.Popen(
+            self._command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return self._job
+
+    def __exit__(self, *_: object) -> None:
+        if self._job.poll() is None:
+            self._job.kill()
+        self._job.communicate()
+
+
+def wait_for(job: subprocess.Popen[str], text: str) -> None:
+    """Read the job's output until a line with `text`."""
+    assert job.stdout is not None
+    seen = []
+    for line in job.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    pytest.fail("the job ended early:\n" + "".join(seen[-40:]))
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The script's own parser, given a corpus that is there."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from pretrain.arguments import parse
+
+    def parsed(*flags: object, ranks: int = 1) -> Any:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        return parse(["--data-text", str(tmp_path), *map(str, flags)])
+
+    yield parsed
+
+
+class TestBadFlags:
+    @pytest.mark.parametrize(
+        ("ranks", "flags", "message"),
+        [
+            (4, "--pipeline-model-parallel-size 4 --num-layers 6", "not divisible by the 4 pipeline stages"),
+            (
+                2,
+                "--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 4",
+                "4 virtual",
+            ),
+            (2, "--tensor-model-parallel-size 2 --num-attention-heads 1", "not divisible by --tensor-model"),
+            (1, "--sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
+            (2, "--global-batch-size 3", "not a multiple of --micro-batch-size"),
+            (3, "--tensor-model-parallel-size 2", "3 ranks cannot hold"),
+            (2, "--context-parallel-size 2", "needs --transformer-impl transformer_engine"),
+            (
+                2,
+                "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4"
+                " --no-overlap-p2p-communication",
+                "overlapped point-to-point",
+            ),
+            (1, "--num-query-groups 2", "needs --group-query-attention"),
+            (1, "--expert-model-parallel-size 2", "needs --num-experts"),
+            (1, "--compare", "needs something to compare"),
+            (1, "--megamem-activations-policy meno", "did you mean 'memo'"),
+            (1, "--async-save", "--async-save needs --save"),
+            (1, "--data-path nowhere", "give one of --data-text"),
+            (1, "--num-layers 0", "--num-layers must be at least 1"),
+        ],
+    )
+    def test_is_one_line_before_anything_starts(self, parse: Any, ranks: int, flags: str, message: str) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            parse(*flags.split(), ranks=ranks)
+        assert message in str(stopped.value)
+        assert all(line.startswith("pretrain_gpt.py: error: ") for line in str(stopped.value).splitlines())
+
+    def test_all_mistakes_are_reported_at_once(self, parse: Any) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            parse("--sequence-parallel", "--num-query-groups", 2, "--async-save")
+        assert len(str(stopped.value).splitlines()) == 3
+
+    def test_missing_folder_is_named(self, parse: Any, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match="no such folder"):
+            parse("--data-text", tmp_path / "absent")
+
+
+def test_model_flops_are_those_of_causal_attention_without_recompute(
+    parse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from pretrain.report import flops_per_sample
+
+    args, _ = parse("--num-layers", 3, "--hidden-size", 64, "--seq-length", 128, "--swiglu", "--ffn-hidden-size", 160)
+    h, s, f, v = 64, 128, 160, 384
+    forward = 3 * s * (2 * h * 3 * h + 2 * h * h + 6 * h * f + 2 * s * h) + 2 * s * h * v
+    assert flops_per_sample(args) == 3 * forward
+
+
+@pytest.mark.parametrize("name", ["memo", "ordered", "recompute"])
+def test_recipes_are_valid_and_on(name: str) -> None:
+    from megamem import load_config
+
+    assert load_config(EXAMPLES / "recipes" / f"{name}.yaml").activations.policy == name
+
+
+@pytest.mark.slow
+@pytest.mark.megatron
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("0*.py")))
+def test_small_example_runs_and_is_small(script: str) -> None:
+    assert len((EXAMPLES / script).read_text().splitlines()) < 80
+    command = [sys.executable, str(EXAMPLES / script)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "swapped" in done.stdout
+
+
+def test_quickstart_explains_itself_from_anywhere(tmp_path: Path) -> None:
+    command = [str(EXAMPLES / "quickstart.sh"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=True)
+    assert "usage: examples/quickstart.sh" in done.stdout
+    assert not list(tmp_path.iterdir())
