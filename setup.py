@@ -19,7 +19,16 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.10"],
     "nemo": ["megatron-bridge"],
     "plot": ["matplotlib"],
-    "dev": ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil", "setuptools", "wheel"],
+    "dev": [
+        "pytest>=8",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
+        "types-PyYAML",
+        "types-psutil",
+        "setuptools>=77",
+        "wheel",
+        "triton; sys_platform == 'linux'",  # its interpreter runs kernels on the CPU; PyTorch brings it only with CUDA
+    ],
 }
 
 setup(

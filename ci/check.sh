@@ -18,6 +18,7 @@ TEXT
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ci/environment.sh
 PY=${PY:-$PWD/.venv/bin/python}
 FAILED=()
 
@@ -37,16 +38,12 @@ check() {
     fi
 }
 
-# The path stays the same from run to run, so that mypy finds its own cache again. The sources are copied first: setuptools
-# builds in place, and would put files that are long deleted here into the wheel.
+# Always at the same path, so that mypy finds its own cache again.
 check_types() {
-    local work=$PWD/.cache/check config=$PWD/pyproject.toml
-    rm -rf "$work"
-    mkdir -p "$work/source"
-    cp -R megamem kernels patches setup.py pyproject.toml README.md "$work/source/" || return
-    "$PY" -m pip wheel -q --no-build-isolation --no-deps -w "$work" "$work/source" || return
-    "$PY" -m pip install -q --no-deps --target "$work/site" "$work"/megamem-*.whl || return
-    (cd "$work/site" && "$PY" -m mypy --config-file "$config" --cache-dir "${config%/*}/.mypy_cache" -p megamem)
+    local work=$PWD/.cache/check config=$PWD/pyproject.toml cache=$PWD/.mypy_cache
+    build_wheel "$work" || return
+    "$PY" -m pip install -qq --no-index --no-deps --target "$work/site" "$work"/megamem-*.whl || return
+    (cd "$work/site" && "$PY" -m mypy --config-file "$config" --cache-dir "$cache" -p megamem)
 }
 
 check format "$PY" -m ruff format --check --quiet .

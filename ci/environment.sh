@@ -1,0 +1,118 @@
+# The virtual environment that all scripts share. Sourced, not run: examples/quickstart.sh, ci/test.sh, ci/matrix.sh.
+#
+#   PYTHON   the interpreter to begin with   (default: the first of python3, python3.13, 3.12, 3.11 that is new enough)
+#   VENV     where the environment is        (default: .venv)
+#
+# say TEXT                        a line of progress, with the seconds since the start
+#
+# make_environment                creates VENV if it is not there, and sets PY to its interpreter (a full path)
+# install_into_environment EXTRAS [REQUIREMENT ...]
+#                                 torch, then megamem from this checkout (editable) with these extras; nothing when that
+#                                 has been done and setup.py is as it was then
+# gpus                            how many NVIDIA GPUs this machine has
+#
+# Run from the root of the repository. STEP holds what is being done, for the caller's closing line.
+
+VENV=${VENV:-.venv}
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf '[%3ds] %s\n' "$SECONDS" "$*"; }
+
+gpus() {
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+
+# is_python COMMAND MINOR...: whether COMMAND starts a Python 3 of one of these minor versions; without any, 3.11 or later.
+is_python() {
+    local command=$1
+    shift
+    "$command" -c 'import sys
+minors = [int(text) for text in sys.argv[1:]] or range(11, 99)
+sys.exit(not (sys.version_info[0] == 3 and sys.version_info[1] in minors))' "$@" >/dev/null 2>&1
+}
+
+# find_python MINOR...: prints the first interpreter of these versions on PATH, or nothing.
+find_python() {
+    local command
+    for command in python3 python3.13 python3.12 python3.11; do
+        if is_python "$command" "$@"; then
+            echo "$command"
+            return
+        fi
+    done
+}
+
+make_environment() {
+    STEP="creating $VENV"
+    case $VENV in /*) PY=$VENV/bin/python ;; *) PY=$PWD/$VENV/bin/python ;; esac
+    if "$PY" -m pip --version >/dev/null 2>&1; then
+        if ! is_python "$PY"; then
+            echo "$VENV holds $("$PY" --version), megamem needs 3.11 or later; remove $VENV and run again" >&2
+            return 1
+        fi
+        return
+    fi
+    if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+        echo "$VENV is there and is no virtual environment; move it away, or set VENV to another place" >&2
+        return 1
+    fi
+    PYTHON=${PYTHON:-$(find_python)}
+    if [ -z "$PYTHON" ] || ! is_python "$PYTHON"; then
+        echo "megamem needs Python 3.11 or later, and ${PYTHON:-none of python3, python3.13, python3.12, python3.11} is" \
+            "one; set PYTHON to such an interpreter" >&2
+        return 1
+    fi
+    say "creating $VENV with $("$PYTHON" --version)"
+    # Where an earlier run was interrupted there is half an environment: begin again.
+    if ! "$PYTHON" -m venv --clear "$VENV"; then
+        echo "could not create a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2
+        return 1
+    fi
+}
+
+install_into_environment() {
+    local extras=$1 stamp state
+    shift
+    STEP="installing into $VENV"
+    stamp=$VENV/.megamem-$extras
+    state=$("$PY" - setup.py "$PWD" "$extras" "$@" <<'PY'
+import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), *sys.argv[2:])
+PY
+    )
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then
+        say "already installed in $VENV: megamem[$extras]"
+        return
+    fi
+    # setuptools and wheel first: megamem is built without isolation, so that nothing is downloaded for the build alone.
+    "$PY" -m pip install -qq 'setuptools>=77' wheel
+    if ! "$PY" -c 'import torch' 2>/dev/null; then
+        say "installing PyTorch (the large one: minutes)"
+        "$PY" -m pip install -qq "$(torch_to_install)"
+    fi
+    say "installing megamem[$extras]${*:+ with $*}"
+    "$PY" -m pip install -qq --no-build-isolation -e ".[$extras]" "$@"
+    printf '%s\n' "$state" >"$stamp"
+}
+
+torch_to_install() {
+    if [ "$(gpus)" -eq 0 ] && is_python "$PY" 11; then
+        echo 'torch==2.13.0' # a build without CUDA, where the index has one
+    else
+        echo 'torch>=2.6'
+    fi
+}
+
+# build_wheel DIRECTORY: makes DIRECTORY, with the wheel of megamem as users install it and nothing else. The sources are
+# copied first: setuptools builds in place, and would put files that are long deleted here into the wheel.
+build_wheel() {
+    rm -rf "$1"
+    mkdir -p "$1/source" || return
+    cp -R megamem kernels patches setup.py pyproject.toml README.md "$1/source/" || return
+    "$PY" -m pip wheel -qq --no-index --no-build-isolation --no-deps -w "$1" "$1/source" || return
+    rm -rf "$1/source"
+}
