@@ -4,14 +4,16 @@
 #   VENV     where the environment is        (default: .venv)
 #
 # say TEXT                        a line of progress, with the seconds since the start
-#
+# is_python COMMAND [MINOR ...]   whether COMMAND starts a Python 3 of one of these minor versions; without any, >= 3.11
 # make_environment                creates VENV if it is not there, and sets PY to its interpreter (a full path)
 # install_into_environment EXTRAS [REQUIREMENT ...]
 #                                 torch, then megamem from this checkout (editable) with these extras; nothing when that
 #                                 has been done and setup.py is as it was then
+# build_wheel DIRECTORY           makes DIRECTORY with the wheel of megamem in it, as users install it, and nothing else
 # gpus                            how many NVIDIA GPUs this machine has
 #
-# Run from the root of the repository. STEP holds what is being done, for the caller's closing line.
+# They return a status and rely on nobody's `set -e`. Call them from the root of the repository. STEP says what is being
+# done, for the caller's closing line.
 
 VENV=${VENV:-.venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
@@ -26,7 +28,6 @@ gpus() {
     fi
 }
 
-# is_python COMMAND MINOR...: whether COMMAND starts a Python 3 of one of these minor versions; without any, 3.11 or later.
 is_python() {
     local command=$1
     shift
@@ -35,11 +36,11 @@ minors = [int(text) for text in sys.argv[1:]] or range(11, 99)
 sys.exit(not (sys.version_info[0] == 3 and sys.version_info[1] in minors))' "$@" >/dev/null 2>&1
 }
 
-# find_python MINOR...: prints the first interpreter of these versions on PATH, or nothing.
+# find_python: prints the first interpreter on PATH that is new enough, or nothing.
 find_python() {
     local command
     for command in python3 python3.13 python3.12 python3.11; do
-        if is_python "$command" "$@"; then
+        if is_python "$command"; then
             echo "$command"
             return
         fi
@@ -89,13 +90,13 @@ PY
         return
     fi
     # setuptools and wheel first: megamem is built without isolation, so that nothing is downloaded for the build alone.
-    "$PY" -m pip install -qq 'setuptools>=77' wheel
+    "$PY" -m pip install -qq 'setuptools>=77' wheel || return
     if ! "$PY" -c 'import torch' 2>/dev/null; then
         say "installing PyTorch (the large one: minutes)"
-        "$PY" -m pip install -qq "$(torch_to_install)"
+        "$PY" -m pip install -qq "$(torch_to_install)" || return
     fi
     say "installing megamem[$extras]${*:+ with $*}"
-    "$PY" -m pip install -qq --no-build-isolation -e ".[$extras]" "$@"
+    "$PY" -m pip install -qq --no-build-isolation -e ".[$extras]" "$@" || return
     printf '%s\n' "$state" >"$stamp"
 }
 
@@ -107,8 +108,7 @@ torch_to_install() {
     fi
 }
 
-# build_wheel DIRECTORY: makes DIRECTORY, with the wheel of megamem as users install it and nothing else. The sources are
-# copied first: setuptools builds in place, and would put files that are long deleted here into the wheel.
+# The sources are copied first: setuptools builds in place, and would put files into the wheel that are long deleted here.
 build_wheel() {
     rm -rf "$1"
     mkdir -p "$1/source" || return
