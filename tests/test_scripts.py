@@ -1,4 +1,4 @@
-"""Shell scripts and workflows: they parse, say what they are for, and hold nothing of the machine they were written on."""
+"""Shell scripts and workflows: they parse, say what they are for, and hold nothing of the machine they come from."""
 
 import re
 import subprocess
