@@ -89,7 +89,7 @@ def measured_or_nothing(config: dict[str, Any], measured: Any) -> Any:
         {"policy": "memo", "keep_last_layers": 0},
         {"policy": "memo", "keep_last_layers": 1},
         {"policy": "memo", "swap_fraction": 0.5, "keep_last_layers": 0},
-        {"policy": "ordered", "swap_fraction": 0.5, "keep_last_layers": 0, "table": [{"layers": "all", "fc1": "0.5@hbm"}]},
+        {"policy": "ordered", "swap_fraction": 0.5, "keep_last_layers": 0} | FC1_HBM,
     ],
     ids=["stock", "recompute", "memo 1", "memo 1, last kept", "memo 0.5", "ordered, hbm"],
 )  # fmt: skip
