@@ -7,8 +7,8 @@ when the layer has returned. Until then autograd would hold the same tensors, so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,54 +17,60 @@ from megamem.errors import ActivationError
 from megamem.runtime.activations.geometry import Geometry
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, first_tensor, tensors_of
 
+_current_task = torch._C._current_graph_task_id
+
+
+class Source(Protocol):
+    """Where a tensor that was sent away comes back from."""
+
+    def get(self) -> Tensor:
+        """The memory, compact."""
+
 
 class Handle:
-    """What autograd holds instead of a saved tensor."""
+    """What autograd holds instead of a saved tensor: the tensor itself, until it is told where it will come from."""
 
-    __slots__ = ("entry", "geometry", "task", "tensor", "version")
+    __slots__ = ("entry", "geometry", "path", "task", "tensor", "version")
 
-    def __init__(self) -> None:
-        self.entry: Any = None  # where the tensor will come from; None while it is simply kept
-        self.geometry: Geometry | None = None
-        self.tensor: Tensor | None = None
-        self.version = 0
+    def __init__(self, tensor: Tensor, path: str) -> None:
+        self.tensor: Tensor | None = tensor
+        self.version = tensor._version
+        self.path = path  # the innermost watched part that was running; "" for the layer itself
+        self.entry: Source | None = None
+        self.geometry: Geometry | None = None  # None: as it comes
         self.task = -1
 
-    def keep(self, tensor: Tensor, version: int) -> None:
-        """Hold the tensor itself."""
-        self.tensor, self.version = tensor, version
+    def send_away(self, entry: Source, geometry: Geometry | None) -> None:
+        """Let go of the tensor, which `entry` will bring back. Raises ActivationError if it was written to."""
+        self.check_version()
+        self.entry, self.geometry, self.tensor = entry, geometry, None
+
+    def check_version(self) -> None:
+        """Raise ActivationError where the tensor was changed in place; torch's own check is off while hooks are on."""
+        assert self.tensor is not None
+        if self.tensor._version != self.version:
+            raise ActivationError(
+                f"a tensor of shape {list(self.tensor.shape)} that {self.path or 'a layer'} saved for its backward "
+                "pass was changed in place afterwards; clone it before the in-place operation"
+            )
 
     def unpack(self) -> Tensor:
         """Give the tensor back. Raises ActivationError where that would not be faithful."""
         if self.entry is None:
+            self.check_version()
             assert self.tensor is not None
-            # torch's own check of this is off while hooks are installed.
-            if self.tensor._version != self.version:
-                raise ActivationError(
-                    f"a tensor of shape {list(self.tensor.shape)} that autograd saved for the backward pass was "
-                    "changed in place afterwards; clone it before the in-place operation"
-                )
             return self.tensor
-        task = torch._C._current_graph_task_id()
-        if self.task not in (-1, task):
-            raise ActivationError(
-                "backward runs a second time through a layer whose activations megamem swapped or recomputed "
-                "(retain_graph=True): they are given back once only. Run one backward pass per forward pass, "
-                "or set activations.policy: off"
-            )
-        self.task = task
-        tensor: Tensor = self.entry.get(self.geometry)
-        return tensor
-
-
-@dataclass(slots=True)
-class Packed:
-    """One call of the pack hook."""
-
-    handle: Handle
-    tensor: Tensor
-    version: int
-    path: str  # the innermost watched part that was running; "" for the layer itself
+        task = _current_task()
+        if self.task != task:
+            if self.task != -1:
+                raise ActivationError(
+                    "backward runs a second time through a layer whose activations megamem swapped or recomputed "
+                    "(retain_graph=True): they are given back once only. Run one backward pass per forward pass, "
+                    "or set activations.policy: off"
+                )
+            self.task = task
+        memory = self.entry.get()
+        return memory if self.geometry is None else self.geometry.view(memory)
 
 
 @dataclass(slots=True)
@@ -75,33 +81,38 @@ class PartIO:
     result: Any = None
 
 
-@dataclass
 class Capture:
-    """The notes of one forward pass of one layer."""
+    """The notes of one forward pass of one layer.
 
-    layer: AbstractLayer
-    learning: bool  # note the inputs and outputs of every part, not only of those that will be answered
-    packed: list[Packed] = field(default_factory=list)
-    io: dict[str, PartIO] = field(default_factory=dict)
-    random_states: list[Any] = field(default_factory=list)  # at the start, and behind attention
-    _stack: list[str] = field(default_factory=lambda: [""])
-    _outputs: frozenset[str] = frozenset()
+    While a layer is being learned everything is noted of all its parts. Later only the results of those in `answered`,
+    whose output a replay may need, and the input of the experts; the other parts run unwatched.
+    """
+
+    def __init__(self, layer: AbstractLayer, answered: frozenset[str] | None) -> None:
+        self.layer = layer
+        self.handles: list[Handle] = []
+        self.io: dict[str, PartIO] = {}
+        self.random_states: list[Any] = []  # at the start, and behind attention
+        self._answered = answered
+        self._stack = [""]
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether everything is noted."""
+        return self._answered is None
 
     def run(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """Call the layer and take notes."""
         layer = self.layer
-        answered = set(layer.anchors.values())
-        if layer.attention is not None:
-            answered.add(layer.attention)
-        self._outputs = frozenset(answered)
+        watched = layer.parts.keys() if self._answered is None else self._answered
         if layer.has_dropout:
             self.random_states.append(layer.random_state())
-        with layer.watched(self._on_call), torch.autograd.graph.saved_tensors_hooks(self._pack, Handle.unpack):
+        with layer.watched(self._on_call, watched), torch.autograd.graph.saved_tensors_hooks(self._pack, Handle.unpack):
             return call(*args, **kwargs)
 
     def _pack(self, tensor: Tensor) -> Handle:
-        handle = Handle()
-        self.packed.append(Packed(handle, tensor, tensor._version, self._stack[-1]))
+        handle = Handle(tensor, self._stack[-1])
+        self.handles.append(handle)
         return handle
 
     def _on_call(self, path: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -110,12 +121,10 @@ class Capture:
             result = original(*args, **kwargs)
         finally:
             self._stack.pop()
-        if self.learning:
+        if self._answered is None or path == self.layer.experts:
             self.io[path] = PartIO(tensors_of(args, kwargs), result)
-        elif path in self._outputs:
+        else:
             self.io[path] = PartIO([], result)
-        elif path == self.layer.experts:
-            self.io[path] = PartIO(tensors_of(args, kwargs))
         if self.random_states and path == self.layer.attention:
             self.random_states.append(self.layer.random_state())
         return result
@@ -127,21 +136,22 @@ class Capture:
 
     def forget(self) -> None:
         """Drop the notes. Needed: the graph holds the pack hook, and so this object, until it is freed itself."""
-        self.packed, self.io, self.random_states = [], {}, []
+        self.handles, self.io, self.random_states = [], {}, []
 
-    def split(self) -> tuple[list[Packed], list[Packed]]:
-        """The calls that are the same in every step, and those of the experts, whose shapes follow the routing.
+    def split(self) -> tuple[list[Handle], list[Handle]]:
+        """The saved tensors that are the same in every step, and those of the experts, whose shapes follow the routing.
 
         The experts' input is of the first kind: it is an ordinary token-wise tensor that only they happen to save.
         """
         experts = self.layer.experts
         if experts is None:
-            return self.packed, []
+            return self.handles, []
         inputs = {(t.data_ptr(), t.numel()) for t in self.io[experts].inputs} if experts in self.io else set()
-        fixed: list[Packed] = []
-        routed: list[Packed] = []
-        for note in self.packed:
-            inside = note.path == experts or note.path.startswith(experts + ".")
-            is_input = inside and (note.tensor.data_ptr(), note.tensor.numel()) in inputs
-            (routed if inside and not is_input else fixed).append(note)
+        fixed, routed = [], []
+        for handle in self.handles:
+            tensor = handle.tensor
+            assert tensor is not None
+            inside = handle.path == experts or handle.path.startswith(experts + ".")
+            is_input = inside and (tensor.data_ptr(), tensor.numel()) in inputs
+            (routed if inside and not is_input else fixed).append(handle)
         return fixed, routed

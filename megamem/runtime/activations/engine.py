@@ -25,16 +25,16 @@ from torch import Tensor
 
 from megamem.errors import UnsupportedError
 from megamem.ir.activation import EXPERTS, ActivationPlan, LayerRule
-from megamem.runtime.activations.capture import Capture, Packed
-from megamem.runtime.activations.geometry import Geometry, Region, compact, region_of
+from megamem.runtime.activations.capture import Capture, Handle
+from megamem.runtime.activations.geometry import Geometry, Region, compact
 from megamem.runtime.activations.host_arena import HostArena
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
 from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.order import BackwardOrder
 from megamem.runtime.activations.parcels import Courier
 from megamem.runtime.activations.recipe import Recipe, Room, Situation, make_recipe
-from megamem.runtime.activations.run import Entry, LayerRun, Piece, Shipment
-from megamem.runtime.activations.signature import Signature, check_replayable, learn, survey
+from megamem.runtime.activations.run import Entry, LayerRun
+from megamem.runtime.activations.signature import Signature, check_replayable, learn, own_region, survey
 from megamem.runtime.activations.stats import ActivationStats
 from megamem.runtime.activations.streams import AbstractDevice
 
@@ -114,27 +114,33 @@ class ActivationEngine:
         layer = run.layer
         key = (layer.number, hidden.shape, hidden.dtype, hidden.requires_grad)
         signature = self._signatures.get(key)
-        capture = Capture(layer, learning=signature is None)
+        capture = Capture(layer, None if signature is None else self._answered(layer, rule))
         result = capture.run(call, args, kwargs)
-        fixed, routed = capture.split()
+        handles, routed = capture.split()
         if signature is None:
-            signature = self._learn(capture, fixed, hidden, args, kwargs, call, rule)
+            signature = self._learn(capture, handles, hidden, args, kwargs, call, rule)
             self._signatures[key] = signature
         self.stats.num_runs += 1
-        if signature.matches(fixed):
-            self._seal(run, rule, capture, fixed, key, signature, hidden)
+        if signature.matches(handles):
+            self._seal(run, rule, capture, handles, key, signature, hidden)
             self._seal_experts(run, routed)
         else:
-            self._leave_alone(capture.packed, key, layer)
+            self._leave_alone(key, layer)
         capture.forget()
         self.stats.kept_nbytes += run.kept_nbytes
         self.stats.retained.add(run.kept_nbytes)
         return result
 
+    def _answered(self, layer: AbstractLayer, rule: LayerRule) -> frozenset[str]:
+        """The parts whose results, or whose input, a run has to know once its layer is learned."""
+        paths = [layer.attention, layer.experts]
+        paths += [path for name, path in layer.anchors.items() if rule.fates[name].fraction > 0]
+        return frozenset(path for path in paths if path is not None)
+
     def _learn(
         self,
         capture: Capture,
-        fixed: list[Packed],
+        handles: list[Handle],
         hidden: Tensor,
         args: Args,
         kwargs: Kwargs,
@@ -144,7 +150,7 @@ class ActivationEngine:
         """Find out what the layer saves; refuse it if the rule wants more than can be replayed."""
         needs_replay = rule.recomputes or self.base_apart
         try:
-            signature = learn(capture, fixed, hidden, args, kwargs, call)
+            signature = learn(capture, handles, hidden, args, kwargs, call)
         except UnsupportedError:
             raise
         except Exception as error:
@@ -154,7 +160,7 @@ class ActivationEngine:
                     f"({type(error).__name__}: {error}); use activations.policy: memo with swap_fraction: 1"
                 ) from error
             _LOG.info("layer %d can be swapped but not replayed: %s", capture.layer.number, error)
-            return survey(capture, fixed, hidden)[0]
+            return survey(capture, handles, hidden)[0]
         if needs_replay and self.verify:
             check_replayable(signature, capture.layer)
         return signature
@@ -164,7 +170,7 @@ class ActivationEngine:
         run: LayerRun,
         rule: LayerRule,
         capture: Capture,
-        fixed: list[Packed],
+        handles: list[Handle],
         key: SignatureKey,
         signature: Signature,
         hidden: Tensor,
@@ -182,51 +188,43 @@ class ActivationEngine:
             recipe = self._recipes.get((key, situation))
             if recipe is None:
                 recipe = self._recipes[key, situation] = make_recipe(signature, rule, run.layer, situation)
-            if run.seal(capture, fixed, signature, recipe, hidden):
+            if run.seal(capture, handles, signature, recipe, hidden):
                 break
             self.stats.num_without_room += 1
             self._warn_of_room(run.layer.number, room)
-        self.stats.swapped_nbytes += sum(shipment.parcel.nbytes for shipment in run.shipments)
+        self.stats.swapped_nbytes += sum(parcel.nbytes for parcel, _ in run.parcels)
         assert recipe is not None, "_ROOMS is not empty"
         self.stats.num_replayed_layers += bool(recipe.segments)
 
-    def _seal_experts(self, run: LayerRun, routed: list[Packed]) -> None:
+    def _seal_experts(self, run: LayerRun, routed: list[Handle]) -> None:
         """Experts' tensors: left where they are, or sent away whole."""
-        regions: dict[Region, list[Packed]] = {}
-        for note in routed:
-            region = None
-            if self.expert_courier is not None and note.tensor.untyped_storage().nbytes():
-                is_parameter = note.tensor.untyped_storage().data_ptr() in run.layer.parameter_storages()
-                region = None if is_parameter or note.tensor.dim() == 0 else region_of(note.tensor)
-            if region is None:
-                note.handle.keep(note.tensor, note.version)
-            else:
-                regions.setdefault(region, []).append(note)
-        if not regions or self.expert_courier is None:
+        if self.expert_courier is None or not routed:
             return
-        flats = [compact(notes[0].tensor.detach(), region) for region, notes in regions.items()]
-        parcel = self.expert_courier.store(flats, run.version_check(flats))
-        if parcel is None:
+        parameters = run.layer.parameter_storages()
+        groups: dict[Region, list[Handle]] = {}
+        for handle in routed:
+            assert handle.tensor is not None
+            region = own_region(handle.tensor, parameters)
+            if region is not None:
+                groups.setdefault(region, []).append(handle)
+        if not groups:
+            return
+        tensors = [compact(handles[0].tensor.detach(), region) for region, handles in groups.items()]  # type: ignore[union-attr]
+        run.expert_parcel = self.expert_courier.store(tensors, run.version_check(tensors))
+        if run.expert_parcel is None:
             self.stats.num_without_room += 1
             self._warn_of_room(run.layer.number, "experts")
-            for notes in regions.values():
-                for note in notes:
-                    note.handle.keep(note.tensor, note.version)
             return
-        pieces = []
-        for region, notes in regions.items():
+        for region, handles in groups.items():
             entry = Entry(run)
-            pieces.append(Piece("expert", len(run.expert_entries), None, 0))
             run.expert_entries.append(entry)
-            for note in notes:
-                note.handle.entry, note.handle.geometry = entry, Geometry.of(note.tensor, region)
-        run.expert_shipment = Shipment(parcel, pieces, is_base=False)
-        self.stats.swapped_nbytes += parcel.nbytes
+            for handle in handles:
+                assert handle.tensor is not None
+                handle.send_away(entry, Geometry.of(handle.tensor, region))
+        self.stats.swapped_nbytes += run.expert_parcel.nbytes
 
-    def _leave_alone(self, packed: list[Packed], key: SignatureKey, layer: AbstractLayer) -> None:
-        """The layer saved other tensors than when it was learned: keep them all this time, and learn it anew."""
-        for note in packed:
-            note.handle.keep(note.tensor, note.version)
+    def _leave_alone(self, key: SignatureKey, layer: AbstractLayer) -> None:
+        """The layer saved other tensors than when it was learned: its handles keep them, and it is learned anew."""
         del self._signatures[key]
         for known in [known for known in self._recipes if known[0] == key]:
             del self._recipes[known]
@@ -267,7 +265,7 @@ class ActivationEngine:
         for later in self.order.next_after(run):
             later.fetch()
         self._retire()
-        if not run.entries and not run.expert_entries:  # nothing was sent away: autograd frees it as it goes on
+        if not run.is_away:  # nothing was sent away: autograd frees it as it goes on
             self._sample(0)
             self.on_gone(run)
 

@@ -9,7 +9,7 @@ stays in the model: it can be copied, pickled and saved as if we were not there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -96,16 +96,16 @@ class AbstractLayer(ABC):
         """Entered around every replay: undoes what an interrupted call leaves behind in the trainer."""
 
     @contextmanager
-    def watched(self, on_call: PartCall) -> Iterator[None]:
-        """While the block runs, every call of a part goes through `on_call(path, original, args, kwargs)`."""
+    def watched(self, on_call: PartCall, paths: Collection[str]) -> Iterator[None]:
+        """While the block runs, calls of the parts in `paths` become `on_call(path, original, args, kwargs)`."""
         before: list[tuple[dict[str, Any], Any]] = []
         try:
-            for path, module in self.parts.items():
+            for path in paths:
+                module = self.parts[path]
                 attributes = module.__dict__
                 own = attributes.get("forward")
-                original = own if own is not None else module.forward
                 before.append((attributes, own))
-                attributes["forward"] = _Watched(path, original, on_call)
+                attributes["forward"] = _Watched(path, own if own is not None else module.forward, on_call)
             yield
         finally:
             for attributes, own in before:

@@ -109,16 +109,41 @@ def _bytes_of(contiguous: Tensor) -> Tensor:
     return contiguous.view(-1).view(torch.uint8)
 
 
+@final
+class Manifest:
+    """How a list of tensors lies in a slot: one behind the other, each aligned.
+
+    Made once for the tensors that a layer stores in every step: shapes do not change, and looking at them again costs
+    more than copying a small one.
+    """
+
+    __slots__ = ("_lengths", "layouts", "nbytes", "slot_nbytes")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        if not tensors:
+            raise ValueError("a parcel holds at least one tensor")
+        self.layouts = [_Layout(tensor) for tensor in tensors]
+        self.nbytes = sum(layout.nbytes for layout in self.layouts)
+        self._lengths: list[int] = []
+        for layout in self.layouts:
+            self._lengths += (layout.nbytes, aligned(layout.nbytes) - layout.nbytes)
+        self.slot_nbytes = sum(self._lengths)
+
+    def pieces(self, slot: Slot) -> Sequence[Tensor]:
+        """Where in the slot each tensor lies, as bytes."""
+        return slot.memory.split_with_sizes(self._lengths)[::2]
+
+
 class _Cargo:
     """What a parcel refers to. Apart from the parcel, so that it outlives a lost one."""
 
     __slots__ = (
-        "buffers", "fetched", "is_open", "is_queued", "layouts", "nbytes", "on_retire", "slot", "sources", "stored",
+        "buffers", "fetched", "is_open", "is_queued", "manifest", "nbytes", "on_retire", "slot", "sources", "stored",
     )  # fmt: skip
 
-    def __init__(self, layouts: list[_Layout], sources: list[Tensor], slot: Slot, stored: AbstractEvent) -> None:
-        self.layouts = layouts
-        self.nbytes = sum(layout.nbytes for layout in layouts)
+    def __init__(self, manifest: Manifest, sources: list[Tensor], slot: Slot, stored: AbstractEvent) -> None:
+        self.manifest = manifest
+        self.nbytes = manifest.nbytes
         self.sources: list[Tensor] | None = sources
         self.slot: Slot | None = slot
         self.stored = stored
@@ -173,35 +198,40 @@ class Courier:
         """Parcels whose memory `retire` has yet to give back."""
         return len(self._transit)
 
-    def store(self, tensors: Sequence[Tensor], on_retire: Callable[[], None] | None = None) -> Parcel | None:
+    def store(
+        self,
+        tensors: Sequence[Tensor],
+        on_retire: Callable[[], None] | None = None,
+        *,
+        manifest: Manifest | None = None,
+    ) -> Parcel | None:
         """Start to copy tensors of `device` to the host; None, with nothing changed, if they do not fit.
 
         The tensors must not be changed in place from here on. `on_retire` is where the caller checks that (by their
         version counters): it runs once, right before the references are dropped or the tensors are handed back by
-        forwarding, and not at all for a parcel that is dropped. What it raises passes through.
+        forwarding, and not at all for a parcel that is dropped. What it raises passes through. `manifest` is that of
+        tensors with the same shapes, strides and dtypes, if there is one.
         """
         self._sweep()
-        if not tensors:
-            raise ValueError("a parcel holds at least one tensor")
-        layouts = [_Layout(tensor) for tensor in tensors]
-        slot = self.arena.allocate(sum(aligned(layout.nbytes) for layout in layouts))
+        manifest = manifest or Manifest(tensors)
+        slot = self.arena.allocate(manifest.slot_nbytes)
         if slot is None:
             self.ledger.num_refused += 1
             return None
         to_host = self.device.to_host
         try:
-            sources = [layout.stage(tensor) for layout, tensor in zip(layouts, tensors, strict=True)]
+            sources = [layout.stage(tensor) for layout, tensor in zip(manifest.layouts, tensors, strict=True)]
             to_host.wait(self.device.compute.record())
             for event in slot.guards:
                 to_host.wait(event)
-            to_host.copy_all(list(zip(_pieces(slot, layouts), map(_bytes_of, sources), strict=True)))
+            to_host.copy_all(zip(manifest.pieces(slot), map(_bytes_of, sources), strict=True))
             stored = to_host.record()
         except BaseException:
             # Copies already issued run on the stream that the slot's next tenant is written by: no further guard.
             self.arena.free(slot, after=None)
             raise
         slot.guards = ()  # waited for; `stored` stands behind them
-        cargo = _Cargo(layouts, sources, slot, stored)
+        cargo = _Cargo(manifest, sources, slot, stored)
         cargo.on_retire = on_retire
         self._transit.append((stored, sources, cargo))
         self.ledger.stage(cargo.nbytes)
@@ -241,11 +271,11 @@ class Courier:
             return
         slot = cargo.slot
         assert slot is not None
-        buffers = [self.device.empty(layout.shape, layout.dtype) for layout in cargo.layouts]
+        buffers = [self.device.empty(layout.shape, layout.dtype) for layout in cargo.manifest.layouts]
         to_device = self.device.to_device
         to_device.wait(self.device.compute.record())
         to_device.wait(cargo.stored)
-        to_device.copy_all(list(zip(map(_bytes_of, buffers), _pieces(slot, cargo.layouts), strict=True)))
+        to_device.copy_all(zip(map(_bytes_of, buffers), cargo.manifest.pieces(slot), strict=True))
         cargo.fetched = to_device.record()
         cargo.buffers = buffers
         self.ledger.stage(cargo.nbytes)
@@ -269,7 +299,7 @@ class Courier:
         self.ledger.num_live -= 1
         if not cargo.is_queued:
             self.ledger.stage(-cargo.nbytes)
-        return [layout.restore(buffer) for layout, buffer in zip(cargo.layouts, buffers, strict=True)]
+        return [layout.restore(buffer) for layout, buffer in zip(cargo.manifest.layouts, buffers, strict=True)]
 
     def drop(self, parcel: Parcel) -> None:
         """Give up a parcel that no backward pass will want. A closed one: nothing happens."""
@@ -322,13 +352,3 @@ class Courier:
     def _sweep(self) -> None:
         while self._lost:
             self._drop(self._lost.popleft())
-
-
-def _pieces(slot: Slot, layouts: Sequence[_Layout]) -> list[Tensor]:
-    """Where in the slot each tensor lies: one behind the other, each aligned."""
-    pieces = []
-    start = 0
-    for layout in layouts:
-        pieces.append(slot.memory[start : start + layout.nbytes])
-        start += aligned(layout.nbytes)
-    return pieces

@@ -16,10 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from megamem.errors import UnsupportedError
 from megamem.ir.activation import BASE, Fate, LayerRule, Tier
-from megamem.runtime.activations.geometry import TokenAxis
+from megamem.runtime.activations.geometry import Geometry, TokenAxis, compact, region_of
 from megamem.runtime.activations.layer import AbstractLayer
+from megamem.runtime.activations.parcels import Manifest
 from megamem.runtime.activations.replay import PackKey
 from megamem.runtime.activations.signature import EntrySpec, Signature, Source, is_inside
 
@@ -63,6 +66,43 @@ class Segment:
     wanted: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class PiecePlan:
+    """One tensor to store: (part of) an entry, an anchor's output, or one of the base that no entry holds."""
+
+    kind: Literal["entry", "anchor", "layer_input", "attention_output"]
+    index: int  # of the entry or anchor
+    position: int  # of the saved tensor among the calls of the pack hook; -1 for what a module returned
+    tokens: int
+    axis: TokenAxis | None  # None: all of it
+    view: Geometry | None  # the shape whose `axis` counts tokens, where the saved tensor has another one
+    is_dense: bool
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The tokens to store: a view where possible, for nothing may be lost if there is no room for it."""
+        if self.axis is None and self.is_dense:
+            return tensor.detach()
+        if self.view is not None or self.axis is None:
+            region = region_of(tensor)
+            assert region is not None
+            tensor = compact(tensor.detach(), region)
+            if self.axis is None:
+                return tensor
+            assert self.view is not None
+            tensor = self.view.view(tensor)
+        return self.axis.range(tensor.detach(), 0, self.tokens)
+
+
+@dataclass(slots=True)
+class Load:
+    """Pieces that lie in one tier and travel together."""
+
+    tier: Tier
+    is_base: bool  # layer input and attention output, apart from the rest
+    pieces: list[PiecePlan]
+    manifest: Manifest | None = None  # that of the first parcel: they are all alike
+
+
 @dataclass(slots=True)
 class Recipe:
     """Everything decided for one layer, one rule and one input shape."""
@@ -70,10 +110,15 @@ class Recipe:
     entries: list[EntryPlan]
     anchors: list[AnchorPlan]
     segments: list[Segment]
+    loads: list[Load]
+    targets: list[
+        tuple[int, Geometry | None]
+    ]  # per call of the pack hook: entry (-1: kept), shape on it (None: as stored)
     input_tier: Tier
     attention_tier: Tier
     store_input: bool
     needs_base: bool  # whether layer input and attention output are asked for, apart from autograd's own use
+    kept_nbytes: int = -1  # of the storages that stay in device memory; counted when first seen
 
     @property
     def recomputed_tokens(self) -> int:
@@ -111,15 +156,68 @@ class _Maker:
         anchors = [plan for name in usable if (plan := self._anchor(name)) is not None]
         entries = [self._entry(index, spec) for index, spec in enumerate(self.signature.entries)]
         segments = self._segments(entries, anchors)
-        return Recipe(
+        recipe = Recipe(
             entries=entries,
             anchors=anchors if segments else [],
             segments=segments,
+            loads=[],
+            targets=self._targets(entries),
             input_tier=self._base_tier("layer_input"),
             attention_tier=self._base_tier("attention_output"),
             store_input=self.situation.store_input,
             needs_base=bool(segments) or self.situation.keep_base,
         )
+        recipe.loads = self._loads(recipe)
+        return recipe
+
+    def _targets(self, entries: list[EntryPlan]) -> list[tuple[int, Geometry | None]]:
+        stays = {plan.index for plan in entries if plan.whole and plan.tier == "hbm"}
+        whole = {plan.index for plan in entries if plan.whole}
+        targets: list[tuple[int, Geometry | None]] = []
+        for pack in self.signature.packs:
+            if pack.entry < 0 or pack.entry in stays:
+                targets.append((-1, None))
+                continue
+            stored = self.signature.packs[self.signature.entries[pack.entry].packs[0]]
+            comes_as_stored = pack.entry in whole and self._is_dense(pack.entry) and pack.geometry == stored.geometry
+            targets.append((pack.entry, None if comes_as_stored else pack.geometry))
+        return targets
+
+    def _is_dense(self, index: int) -> bool:
+        """Whether the entry's first tensor has no gaps and lies in memory as its shape says."""
+        return self.signature.packs[self.signature.entries[index].packs[0]].is_contiguous
+
+    def _loads(self, recipe: Recipe) -> list[Load]:
+        """What is stored where. The base travels apart where the next layer may ask for it alone."""
+        host_base, host_rest, resident = Load("host", True, []), Load("host", False, []), Load("hbm", False, [])
+        for plan in recipe.entries:
+            if plan.tokens == 0 or (plan.whole and plan.tier == "hbm"):
+                continue
+            position = self.signature.entries[plan.index].packs[0]
+            view = None
+            if not plan.whole:
+                assert plan.source is not None
+                if plan.source.geometry != self.signature.packs[position].geometry:
+                    view = plan.source.geometry
+            axis = None if plan.whole else plan.axis
+            piece = PiecePlan("entry", plan.index, position, plan.tokens, axis, view, self._is_dense(plan.index))
+            apart = plan.name in BASE and self.situation.keep_base
+            (resident if plan.tier == "hbm" else host_base if apart else host_rest).pieces.append(piece)
+        for index, anchor in enumerate(recipe.anchors):
+            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis, None, True)
+            (resident if anchor.tier == "hbm" else host_rest).pieces.append(piece)
+        self._add_base(recipe, host_base if self.situation.keep_base else host_rest)
+        return [load for load in (host_base, host_rest, resident) if load.pieces]
+
+    def _add_base(self, recipe: Recipe, load: Load) -> None:
+        """The base is wanted by replays even where autograd saves none of it."""
+        saved = {plan.name for plan in recipe.entries}
+        if not recipe.needs_base:
+            return
+        if recipe.input_tier == "host" and recipe.store_input and "layer_input" not in saved:
+            load.pieces.append(PiecePlan("layer_input", 0, -1, self.tokens, None, None, True))
+        if recipe.attention_tier == "host" and "attention_output" not in saved and self.layer.attention is not None:
+            load.pieces.append(PiecePlan("attention_output", 0, -1, self.tokens, None, None, True))
 
     def _base_tier(self, name: str) -> Tier:
         if self.room == "none" or (name == "layer_input" and self.situation.input_is_held):

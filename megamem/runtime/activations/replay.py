@@ -90,7 +90,7 @@ class Replay:
             with (
                 torch.set_grad_enabled(grad),
                 layer.replaying(),
-                layer.watched(self._on_call),
+                layer.watched(self._on_call, layer.parts.keys()),
                 torch.autograd.graph.saved_tensors_hooks(self._pack, _never),
             ):
                 return call(*args, **kwargs)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megamem.errors import UnsupportedError
 from megamem.ir.activation import BASE, SAVED
-from megamem.runtime.activations.capture import Capture, Packed
+from megamem.runtime.activations.capture import Capture, Handle
 from megamem.runtime.activations.geometry import Geometry, Region, TokenAxis, region_of, token_axes
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
 from megamem.runtime.activations.replay import PackKey, Replay
@@ -62,12 +62,12 @@ class EntrySpec:
 class PackSpec:
     """What the n-th call of the pack hook is expected to bring."""
 
-    path: str
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
     entry: int  # -1: kept as it is
     geometry: Geometry | None
+    is_contiguous: bool
 
 
 @dataclass(slots=True)
@@ -84,28 +84,28 @@ class Signature:
 
     packs: list[PackSpec]
     entries: list[EntrySpec]
+    aliases: list[tuple[int, int]] = field(default_factory=list)  # calls of the pack hook that brought the same memory
     anchors: dict[str, AnchorSpec] = field(default_factory=dict)
     attention: TokenAxis | None = None
     replayable: bool = False  # whether anything was learned by replaying
     whole_only: str | None = None  # why a part of the tokens cannot be replayed
 
-    def matches(self, packed: list[Packed]) -> bool:
+    def matches(self, handles: list[Handle]) -> bool:
         """Whether a later forward saved the same tensors in the same order, aliased in the same way."""
-        if len(packed) != len(self.packs):
+        if len(handles) != len(self.packs):
             return False
-        for note, spec in zip(packed, self.packs, strict=True):
-            tensor = note.tensor
-            if tensor.shape != spec.shape or note.path != spec.path or tensor.stride() != spec.strides:
+        for handle, spec in zip(handles, self.packs, strict=True):
+            tensor = handle.tensor
+            assert tensor is not None
+            if tensor.shape != spec.shape or tensor.stride() != spec.strides or tensor.dtype is not spec.dtype:
                 return False
-        for entry in self.entries:
-            if len(entry.packs) > 1:
-                address = packed[entry.packs[0]].tensor.data_ptr()
-                if any(packed[i].tensor.data_ptr() != address for i in entry.packs[1:]):
-                    return False
-        return True
+        return all(
+            handles[one].tensor.data_ptr() == handles[other].tensor.data_ptr()  # type: ignore[union-attr]
+            for one, other in self.aliases
+        )
 
 
-def survey(capture: Capture, fixed: list[Packed], hidden: Tensor) -> tuple[Signature, dict[int, Region]]:
+def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signature, dict[int, Region]]:
     """Group the calls of the pack hook by the memory they cover, and name the groups.
 
     Returns the signature, without sources yet, and each entry's region.
@@ -119,23 +119,27 @@ def survey(capture: Capture, fixed: list[Packed], hidden: Tensor) -> tuple[Signa
     names[region_of(hidden)] = "layer_input"
     by_region: dict[Region, int] = {}
     signature = Signature(packs=[], entries=[])
-    for position, note in enumerate(fixed):
-        tensor = note.tensor
-        region = _own_region(tensor, parameters)
-        spec = PackSpec(note.path, tensor.shape, tensor.stride(), tensor.dtype, -1, None)
+    for position, handle in enumerate(fixed):
+        tensor = handle.tensor
+        assert tensor is not None
+        region = own_region(tensor, parameters)
+        spec = PackSpec(tensor.shape, tensor.stride(), tensor.dtype, -1, None, tensor.is_contiguous())
         if region is not None:
             index = by_region.get(region)
             if index is None:
                 index = by_region[region] = len(signature.entries)
-                name = names.get(region) or note.path or SAVED
+                name = names.get(region) or handle.path or SAVED
                 signature.entries.append(EntrySpec(name, [], region.numel, region.dtype))
-            signature.entries[index].packs.append(position)
+            packs = signature.entries[index].packs
+            packs.append(position)
+            if len(packs) > 1:
+                signature.aliases.append((packs[0], position))
             spec.entry, spec.geometry = index, Geometry.of(tensor, region)
         signature.packs.append(spec)
     return signature, {index: region for region, index in by_region.items()}
 
 
-def _own_region(tensor: Tensor, parameters: frozenset[int]) -> Region | None:
+def own_region(tensor: Tensor, parameters: frozenset[int]) -> Region | None:
     """The region of a tensor that may be moved; None for parameters, for storage that the trainer emptied, for views
     that cannot be compacted, and for scalars."""
     storage = tensor.untyped_storage()
@@ -150,7 +154,7 @@ class _Learner:
     def __init__(
         self,
         capture: Capture,
-        fixed: list[Packed],
+        fixed: list[Handle],
         hidden: Tensor,
         regions: dict[int, Region],
         signature: Signature,
@@ -195,8 +199,9 @@ class _Learner:
         for position in entry.packs:
             got = replay.packed.get(self.keys[position])
             if got is not None:
-                note = self.fixed[position]
-                source = self._compare(note.tensor, got, self.regions[index], pack=self.keys[position])
+                full = self.fixed[position].tensor
+                assert full is not None
+                source = self._compare(full, got, self.regions[index], pack=self.keys[position])
                 if source is not None:
                     yield source
                     break
@@ -217,6 +222,7 @@ class _Learner:
             return None  # copies are looked for where they are known to happen: in the attention kernel's layout
         position = self.signature.entries[index].packs[0]
         saved = self.fixed[position].tensor
+        assert saved is not None
         geometry = self.signature.packs[position].geometry
         assert geometry is not None
         for order in permutations(range(tensor.dim())):
@@ -256,7 +262,7 @@ class _Learner:
         return self._axis(full, got)
 
 
-def learn(capture: Capture, fixed: list[Packed], hidden: Tensor, args: Args, kwargs: Kwargs, call: object) -> Signature:
+def learn(capture: Capture, fixed: list[Handle], hidden: Tensor, args: Args, kwargs: Kwargs, call: object) -> Signature:
     """Survey a captured forward and find out, by a replay of a few tokens, what can be rebuilt.
 
     A layer that numbers its tokens itself (MLA makes its rotary angles inside) fails on a part of them; such a layer
@@ -302,14 +308,14 @@ def attention_axis(output: Tensor, tokens: int, blocks: int) -> TokenAxis:
     return TokenAxis(0, blocks, output.shape[0] // (tokens * blocks))
 
 
-def _keys(packed: list[Packed]) -> list[PackKey]:
+def _keys(handles: list[Handle]) -> list[PackKey]:
     """Name each call of the pack hook by the part that ran and its ordinal there: the same in every replay."""
     seen: dict[str, int] = {}
     keys = []
-    for note in packed:
-        ordinal = seen.get(note.path, 0)
-        seen[note.path] = ordinal + 1
-        keys.append((note.path, ordinal))
+    for handle in handles:
+        ordinal = seen.get(handle.path, 0)
+        seen[handle.path] = ordinal + 1
+        keys.append((handle.path, ordinal))
     return keys
 
 
