@@ -80,6 +80,9 @@ def measured_or_nothing(config: dict[str, Any], measured: Any) -> Any:
     return nullcontext() if config else measured()
 
 
+FC1_HBM = {"table": [{"layers": "all", "fc1": "0.5@hbm"}]}
+
+
 @pytest.mark.parametrize("fields", [MEMO, LLAMA], ids=["memo", "llama"])
 @pytest.mark.parametrize(
     "config",
