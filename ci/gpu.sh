@@ -54,10 +54,10 @@ install_wheels() {
     local site=$PWD/.cache/gpu/site
     say "installing $WHEELS and megamem in ${site#"$PWD"/}"
     rm -rf "$PWD/.cache/gpu"
-    "$PY" -m pip install -q --no-index --no-deps --target "$site" "$WHEELS"/*.whl
+    "$PY" -m pip install -qq --no-index --no-deps --target "$site" "$WHEELS"/*.whl
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     build_wheel "$PWD/.cache/gpu/wheel"
-    "$PY" -m pip install -q --no-index --no-deps --target "$site" "$PWD"/.cache/gpu/wheel/megamem-*.whl
+    "$PY" -m pip install -qq --no-index --no-deps --target "$site" "$PWD"/.cache/gpu/wheel/megamem-*.whl
 }
 
 describe_machine() {
