@@ -40,6 +40,16 @@ class Handle:
         self.geometry: Geometry | None = None  # None: as it comes
         self.task = -1
 
+    def keep(self) -> None:
+        """Hold the tensor itself, but not the operator that made it.
+
+        torch hands an operator's own output to the pack hook with its graph: the operator would hold itself, through
+        C++, where no garbage collector looks. Leaves stay what they are: Megatron reads `main_grad` from the parameter
+        that comes back.
+        """
+        if self.tensor is not None and not self.tensor.is_leaf:
+            self.tensor = self.tensor.detach()  # shares the version counter
+
     def send_away(self, entry: Source, geometry: Geometry | None) -> None:
         """Let go of the tensor, which `entry` will bring back. Raises ActivationError if it was written to."""
         self.check_version()

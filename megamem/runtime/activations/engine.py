@@ -126,6 +126,9 @@ class ActivationEngine:
             self._seal_experts(run, routed)
         else:
             self._leave_alone(key, layer)
+        for handle in capture.handles:
+            if handle.entry is None:
+                handle.keep()
         capture.forget()
         self.stats.kept_nbytes += run.kept_nbytes
         self.stats.retained.add(run.kept_nbytes)
@@ -210,14 +213,16 @@ class ActivationEngine:
         if not groups:
             return
         tensors = [compact(handles[0].tensor.detach(), region) for region, handles in groups.items()]  # type: ignore[union-attr]
-        run.expert_parcel = self.expert_courier.store(tensors, run.version_check(tensors))
+        run.expert_parcel = self.expert_courier.store(
+            tensors, run.version_check(tensors, ["a tensor of the experts"] * len(tensors))
+        )
         if run.expert_parcel is None:
             self.stats.num_without_room += 1
             self._warn_of_room(run.layer.number, "experts")
             return
         for region, handles in groups.items():
             entry = Entry(run)
-            run.expert_entries.append(entry)
+            run.expert_entries.append(weakref.ref(entry))
             for handle in handles:
                 assert handle.tensor is not None
                 handle.send_away(entry, Geometry.of(handle.tensor, region))

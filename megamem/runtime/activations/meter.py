@@ -46,6 +46,8 @@ class ActivationMeter:
         def pack(tensor: Tensor) -> _Held | Tensor:
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
+            if not tensor.is_leaf:  # an operator must not hold itself by its output
+                tensor = tensor.detach()
             if address in parameters or storage.nbytes() == 0:
                 return tensor
             return self._hold(tensor, address, storage.nbytes())

@@ -100,6 +100,7 @@ class Load:
     tier: Tier
     is_base: bool  # layer input and attention output, apart from the rest
     pieces: list[PiecePlan]
+    names: list[str] = field(default_factory=list)  # of the pieces, for messages
     manifest: Manifest | None = None  # that of the first parcel: they are all alike
 
 
@@ -207,7 +208,10 @@ class _Maker:
             piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis, None, True)
             (resident if anchor.tier == "hbm" else host_rest).pieces.append(piece)
         self._add_base(recipe, host_base if self.situation.keep_base else host_rest)
-        return [load for load in (host_base, host_rest, resident) if load.pieces]
+        loads = [load for load in (host_base, host_rest, resident) if load.pieces]
+        for load in loads:
+            load.names = [_name(piece, recipe) for piece in load.pieces]
+        return loads
 
     def _add_base(self, recipe: Recipe, load: Load) -> None:
         """The base is wanted by replays even where autograd saves none of it."""
@@ -231,6 +235,8 @@ class _Maker:
         """How many tokens of something with this fate are stored."""
         if fate.tier == "host" and self.room != "all":
             return 0
+        if fate.is_partial and self.signature.too_short:
+            return self.tokens
         if fate.is_partial and self.signature.whole_only:
             raise UnsupportedError(
                 f"layer {self.layer.number}: a fraction of {fate.fraction:g} is not possible, use 0 or 1: "
@@ -310,3 +316,10 @@ class _Maker:
                 elif not any(is_inside(source.pack[0], path) for path in skipped):
                     segment.on_pack.setdefault(source.pack, []).append((plan.index, source))
         return segment
+
+
+def _name(piece: PiecePlan, recipe: Recipe) -> str:
+    """What a user would call the piece."""
+    if piece.kind == "entry":
+        return f"what {recipe.entries[piece.index].name} saved"
+    return f"the output of {recipe.anchors[piece.index].path}" if piece.kind == "anchor" else piece.kind

@@ -11,6 +11,7 @@ in any order, and a graph that is dropped without a backward pass takes its run 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,13 @@ _NOTHING = torch.empty(0)  # where a result's activation was; a view of it, even
 
 
 class Entry:
-    """One distinct piece of memory that was saved, while it is away."""
+    """One distinct piece of memory that was saved, while it is away.
 
-    __slots__ = ("memory", "run")
+    Handles hold it, it holds the run, and the run knows it weakly: a graph that is dropped takes all of them with it at
+    once. Left to the cyclic collector they would go at moments that differ between ranks, which must store alike.
+    """
+
+    __slots__ = ("__weakref__", "memory", "run")
 
     def __init__(self, run: LayerRun) -> None:
         self.run: LayerRun | None = run
@@ -72,8 +77,8 @@ class LayerRun:
         self.signature: Signature | None = None
         self.recipe: Recipe | None = None
         self.random_states: list[Any] = []
-        self.entries: dict[int, Entry] = {}
-        self.expert_entries: list[Entry] = []
+        self.entries: dict[int, weakref.ref[Entry]] = {}
+        self.expert_entries: list[weakref.ref[Entry]] = []
         self.parcels: list[tuple[Parcel, Load]] = []
         self.expert_parcel: Parcel | None = None
         self.resident: list[tuple[Tensor, PiecePlan]] = []  # slices that lie in device memory
@@ -92,8 +97,8 @@ class LayerRun:
     @property
     def back_nbytes(self) -> int:
         """Bytes that came back, before autograd starts to free them."""
-        entries = (*self.entries.values(), *self.expert_entries)
-        return sum(entry.memory.nbytes for entry in entries if entry.memory is not None)
+        entries = [known() for known in (*self.entries.values(), *self.expert_entries)]
+        return sum(entry.memory.nbytes for entry in entries if entry is not None and entry.memory is not None)
 
     def __del__(self) -> None:
         if self.kept_nbytes:  # the graph was dropped without a backward pass
@@ -141,34 +146,35 @@ class LayerRun:
     def _store(self, load: Load, tensors: list[Tensor]) -> bool:
         if load.manifest is None:
             load.manifest = Manifest(tensors)
-        parcel = self.engine.courier.store(tensors, self.version_check(tensors), manifest=load.manifest)
+        parcel = self.engine.courier.store(tensors, self.version_check(tensors, load.names), manifest=load.manifest)
         if parcel is not None:
             self.parcels.append((parcel, load))
         return parcel is not None
 
-    def version_check(self, tensors: list[Tensor]) -> Callable[[], None]:
-        """Run when the copies are done with: whoever wrote to a tensor meanwhile raced with its copy."""
+    def version_check(self, tensors: list[Tensor], names: list[str]) -> Callable[[], None]:
+        """To run when the copies are done with: whoever wrote to a tensor meanwhile raced with its copy."""
         versions = [tensor._version for tensor in tensors]
         number = self.layer.number
 
         def check() -> None:
-            for tensor, version in zip(tensors, versions, strict=True):
+            for tensor, version, name in zip(tensors, versions, names, strict=True):
                 if tensor._version != version:
                     raise ActivationError(
-                        f"a tensor of shape {list(tensor.shape)} that layer {number} saved for its backward pass was "
-                        "changed in place while it was being swapped out; clone it before the in-place operation"
+                        f"{name} of layer {number} ({tensor.numel()} elements) was changed in place while it was being "
+                        "swapped out; clone it before the in-place operation"
                     )
 
         return check
 
     def _let_go(self, handles: list[Handle], signature: Signature, recipe: Recipe) -> None:
         """Tell every handle where its tensor will come from."""
-        entries = self.entries
+        entries: dict[int, Entry] = {}
         for handle, (target, geometry) in zip(handles, recipe.targets, strict=True):
             if target >= 0:
                 entry = entries.get(target)
                 if entry is None:
                     entry = entries[target] = Entry(self)
+                    self.entries[target] = weakref.ref(entry)
                 handle.send_away(entry, geometry)
         if recipe.kept_nbytes < 0:
             storages = {
@@ -237,8 +243,9 @@ class LayerRun:
 
     def _forget(self) -> None:
         """Everything is with the handles now, and the graph may outlive its activations."""
-        for entry in (*self.entries.values(), *self.expert_entries):
-            entry.run = None
+        for known in (*self.entries.values(), *self.expert_entries):
+            if (entry := known()) is not None:
+                entry.run = None
         self.entries, self.expert_entries, self.anchors, self.base = {}, [], {}, {}
         self.args, self.kwargs, self.random_states, self.previous = (), {}, [], None
 
@@ -255,8 +262,9 @@ class LayerRun:
     def _take_experts(self) -> None:
         if self.expert_parcel is not None and self.engine.expert_courier is not None:
             tensors = self.engine.expert_courier.take(self.expert_parcel)
-            for entry, tensor in zip(self.expert_entries, tensors, strict=True):
-                entry.memory = tensor
+            for known, tensor in zip(self.expert_entries, tensors, strict=True):
+                if (entry := known()) is not None:
+                    entry.memory = tensor
             self.expert_parcel = None
 
     def _put(self, tensor: Tensor, piece: PiecePlan) -> None:
@@ -273,14 +281,21 @@ class LayerRun:
                 assert plan.source is not None
                 self._write(piece.index, plan.source, tensor, 0, plan.tokens)
                 return
-            self.entries[piece.index].memory = tensor
+            if (entry := self._entry(piece.index)) is not None:
+                entry.memory = tensor
             if plan.name in self.base_geometries:
                 self.base[plan.name] = self.base_geometries[plan.name].view(tensor)
+
+    def _entry(self, index: int) -> Entry | None:
+        """The entry, unless autograd has let go of everything that was saved there."""
+        return self.entries[index]()
 
     def _write(self, index: int, source: Source, values: Tensor, start: int, stop: int) -> None:
         """Put tokens [start, stop) of an entry into its memory; `values` in the blocked form of the source's axis."""
         assert self.signature is not None
-        entry, spec = self.entries[index], self.signature.entries[index]
+        entry, spec = self._entry(index), self.signature.entries[index]
+        if entry is None:
+            return
         if entry.memory is None:
             entry.memory = self.engine.device.empty((spec.numel,), spec.dtype)
         full = source.geometry.view(entry.memory)
@@ -288,7 +303,9 @@ class LayerRun:
 
     def _deliver(self, index: int, source: Source, tensor: Tensor, segment: Segment) -> None:
         """Put what a replay brought into the entry's memory, or make it that memory where it is all of it."""
-        entry = self.entries[index]
+        entry = self._entry(index)
+        if entry is None:
+            return
         if entry.memory is None and (source.axis is None or segment.stop - segment.start == self.tokens):
             region = region_of(tensor)
             if region is not None and Geometry.of(tensor, region) == source.geometry:
@@ -378,4 +395,5 @@ class LayerRun:
                 hidden = self._input()
                 region = region_of(hidden)
                 assert region is not None
-                self.entries[plan.index].memory = compact(hidden, region)
+                if (entry := self._entry(plan.index)) is not None:
+                    entry.memory = compact(hidden, region)

@@ -89,6 +89,7 @@ class Signature:
     attention: TokenAxis | None = None
     replayable: bool = False  # whether anything was learned by replaying
     whole_only: str | None = None  # why a part of the tokens cannot be replayed
+    too_short: bool = False  # so few tokens that a part of them tells nothing of the rest
 
     def matches(self, handles: list[Handle]) -> bool:
         """Whether a later forward saved the same tensors in the same order, aliased in the same way."""
@@ -268,10 +269,12 @@ def learn(capture: Capture, fixed: list[Handle], hidden: Tensor, args: Args, kwa
     A layer that numbers its tokens itself (MLA makes its rotary angles inside) fails on a part of them; such a layer
     is replayed on all tokens or not at all.
     """
-    why = capture.layer.only_whole(args, kwargs) or ("too few tokens to tell" if hidden.shape[0] <= 2 else None)
+    is_too_short = hidden.shape[0] <= 2
+    why = capture.layer.only_whole(args, kwargs) or ("there are too few tokens to tell" if is_too_short else None)
     signature = Signature([], [])
     for whole_only in [why] if why else [None, "it gives other values on a part of its tokens"]:
         signature, regions = survey(capture, fixed, hidden)
+        signature.too_short = is_too_short
         _Learner(capture, fixed, hidden, regions, signature, whole_only).learn(args, kwargs, call)
         if not lost(signature, capture.layer):
             break
