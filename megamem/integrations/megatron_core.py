@@ -235,7 +235,7 @@ def _device_of(hidden: torch.Tensor) -> AbstractDevice:
     if hidden.device.type == "cuda":
         from megamem.runtime.activations.streams_cuda import CudaDevice
 
-        return CudaDevice(hidden.device)
+        return CudaDevice(hidden.device, profile=True)  # two events a wait; the report tells what waits cost
     return HostDevice()
 
 

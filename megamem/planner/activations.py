@@ -62,7 +62,7 @@ def _policy(options: Activations) -> dict[str, Fate]:
 
 def _problems(row: dict[str, Fate], number: int) -> list[str]:
     """What a row asks for that would mean running attention again, or the layer before."""
-    return [
+    problems = [
         f"activations.table: layer {number}: {name}: {row[name]} would need {need}; give keep or swap"
         for name, need in (
             ("attention_output", "attention to run again"),
@@ -70,3 +70,9 @@ def _problems(row: dict[str, Fate], number: int) -> list[str]:
         )
         if name in row and row[name].fraction < 1
     ]
+    if "experts" in row and row["experts"].fraction < 1:
+        problems.append(
+            f"activations.table: layer {number}: experts: {row['experts']} is possible for all layers only; set "
+            "activations.experts: recompute"
+        )
+    return problems

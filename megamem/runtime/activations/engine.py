@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megamem.errors import UnsupportedError
-from megamem.ir.activation import EXPERTS, ActivationPlan, LayerRule
+from megamem.ir.activation import EXPERTS, ActivationPlan, Fate, LayerRule
 from megamem.runtime.activations.capture import Capture, Handle
 from megamem.runtime.activations.geometry import Geometry, Region, compact
 from megamem.runtime.activations.host_arena import HostArena
@@ -58,7 +58,7 @@ class ActivationEngine:
         self.base_apart = any(not rule.store_input for rule in rules)
         # Experts' tensors change size with the routing, differently on every rank. They get host memory of their own,
         # so that ranks of a tensor-parallel group never disagree on what fits, and so on what they replay together.
-        swaps_experts = any(rule.fates[EXPERTS].tier == "host" and rule.fates[EXPERTS].fraction > 0 for rule in rules)
+        swaps_experts = any(_goes_to_host(rule.fates[EXPERTS]) for rule in rules)
         shares = 2 if swaps_experts else 1
         self.courier = Courier(device, HostArena(device, host_nbytes // shares))
         self.expert_courier = Courier(device, HostArena(device, host_nbytes // shares)) if swaps_experts else None
@@ -123,7 +123,7 @@ class ActivationEngine:
         self.stats.num_runs += 1
         if signature.matches(handles):
             self._seal(run, rule, capture, handles, key, signature, hidden)
-            self._seal_experts(run, routed)
+            self._seal_experts(run, rule, routed)
         else:
             self._leave_alone(key, layer)
         for handle in capture.handles:
@@ -199,9 +199,9 @@ class ActivationEngine:
         assert recipe is not None, "_ROOMS is not empty"
         self.stats.num_replayed_layers += bool(recipe.segments)
 
-    def _seal_experts(self, run: LayerRun, routed: list[Handle]) -> None:
+    def _seal_experts(self, run: LayerRun, rule: LayerRule, routed: list[Handle]) -> None:
         """Experts' tensors: left where they are, or sent away whole."""
-        if self.expert_courier is None or not routed:
+        if self.expert_courier is None or not _goes_to_host(rule.fates[EXPERTS]):
             return
         parameters = run.layer.parameter_storages()
         groups: dict[Region, list[Handle]] = {}
@@ -313,6 +313,10 @@ class ActivationEngine:
     def is_live(self) -> bool:
         """Whether any layer has gone through the engine."""
         return self.stats.num_runs + self.stats.num_untouched > 0
+
+
+def _goes_to_host(fate: Fate) -> bool:
+    return fate.tier == "host" and fate.fraction > 0
 
 
 def _can_rebuild(previous: LayerRun | None) -> bool:
