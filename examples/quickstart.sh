@@ -93,11 +93,12 @@ train() {
     local count ranks parallel size
     count=$(gpus)
     if [ "$count" -eq 0 ]; then
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the ranks share the cores
         ranks=4
         parallel=(--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel)
-        size=(--hidden-size 192 --num-attention-heads 6 --seq-length 1024 --global-batch-size 4)
+        size=(--num-layers 8 --hidden-size 128 --num-attention-heads 4 --seq-length 1024 --global-batch-size 4)
     else
-        size=(--hidden-size 1024 --num-attention-heads 8 --seq-length 8192 --global-batch-size 8 --bf16)
+        size=(--num-layers 16 --hidden-size 1024 --num-attention-heads 8 --seq-length 8192 --global-batch-size 8 --bf16)
         size+=(--compare-tolerance 1e-3)
         if [ "$count" -ge 4 ]; then
             ranks=4
@@ -112,7 +113,7 @@ train() {
     fi
     say "training on $ranks ranks, $([ "$count" -eq 0 ] && echo CPU || echo "GPUs"): first stock, then with megamem"
     "$VENV/bin/torchrun" --standalone --nproc-per-node "$ranks" examples/pretrain_gpt.py \
-        --data-path "$CORPUS" --num-layers 4 "${size[@]}" ${parallel[@]+"${parallel[@]}"} \
+        --data-path "$CORPUS" "${size[@]}" ${parallel[@]+"${parallel[@]}"} \
         --swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights \
         --train-iters 20 --lr 2e-3 --lr-warmup-iters 2 --log-interval 5 \
         --tensorboard-dir .cache/quickstart/tensorboard --log-json .cache/quickstart/log.jsonl \

@@ -124,7 +124,7 @@ class TestMainJob:
         assert "activations, peak" in output
 
     def test_experts_over_two_ranks_resume(self, folder: Path, small: list[object]) -> None:
-        experts = ["--num-experts", 4, "--expert-model-parallel-size", 2, "--num-layers", 2, "--train-iters", 4]
+        experts = [*LLAMA, "--num-experts", 4, "--expert-model-parallel-size", 2, "--train-iters", 4]
         first = [*small, *experts, "--save", folder / "moe", "--save-interval", 2, "--log-json", folder / "moe.jsonl"]
         run(2, *first)
         (folder / "moe" / "latest_checkpointed_iteration.txt").write_text("2\n")
@@ -231,6 +231,7 @@ class TestBadFlags:
             ),
             (1, "--num-query-groups 2", "needs --group-query-attention"),
             (1, "--expert-model-parallel-size 2", "needs --num-experts"),
+            (1, "--num-experts 4", "needs --disable-bias-linear"),
             (1, "--compare", "needs something to compare"),
             (1, "--megamem-activations-policy meno", "did you mean 'memo'"),
             (1, "--async-save", "--async-save needs --save"),

@@ -217,6 +217,8 @@ def _shape_problems(args: argparse.Namespace) -> list[str]:
             f"--num-experts {args.num_experts} is not divisible by "
             f"--expert-model-parallel-size {args.expert_model_parallel_size}"
         )
+    if args.num_experts is not None and not args.disable_bias_linear and args.transformer_impl == "local":
+        problems.append("--num-experts needs --disable-bias-linear: Megatron's local experts add theirs in place")
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
         problems.append(f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {args.num_experts}")
     return problems
