@@ -104,7 +104,12 @@ class Session(AbstractSession):
         return self.engine.forward(known, _Bound(forward, layer), args, kwargs)
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = step(*args, **kwargs)
+        try:
+            result = step(*args, **kwargs)
+        except BaseException:
+            if self.engine is not None:
+                self.engine.abandon_step()
+            raise
         if kwargs.get("forward_only", False):
             return result
         if self.engine is not None:

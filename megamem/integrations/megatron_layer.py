@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
@@ -32,12 +33,18 @@ class MegatronLayer(AbstractLayer):
     """
 
     def __init__(self, module: Module) -> None:
-        self._module: Any = module
+        self._reference = weakref.ref(module)  # whoever knows a layer by its module must not keep the module alive
         self._experts = "mlp" if getattr(module, "is_moe_layer", False) else None
         self._parts = dict(_parts(module, self._experts))
         self._anchors = {name: path for name, path in _ANCHORS.items() if path in self._parts}
         self._blocks = _token_blocks(module.config)
         self._names = _arguments(module)
+
+    @property
+    def _module(self) -> Any:
+        module = self._reference()
+        assert module is not None
+        return module
 
     @property
     def number(self) -> int:
@@ -67,6 +74,10 @@ class MegatronLayer(AbstractLayer):
     def has_dropout(self) -> bool:
         config = self._module.config
         return bool(self._module.training and (self._module.hidden_dropout > 0 or config.attention_dropout > 0))
+
+    @property
+    def can_replay(self) -> bool:
+        return not compat.uses_low_precision(self._module.config)  # FP8 keeps a history of every tensor's largest value
 
     def only_whole(self, args: Args, kwargs: Kwargs) -> str | None:
         if self.has_dropout:

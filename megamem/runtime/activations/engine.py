@@ -152,6 +152,8 @@ class ActivationEngine:
     ) -> Signature:
         """Find out what the layer saves; refuse it if the rule wants more than can be replayed."""
         needs_replay = rule.recomputes or self.base_apart
+        if not capture.layer.can_replay:
+            return survey(capture, handles, hidden)[0]
         try:
             signature = learn(capture, handles, hidden, args, kwargs, call)
         except UnsupportedError:
@@ -296,7 +298,8 @@ class ActivationEngine:
         return self.stats.peak_held_nbytes
 
     def _retire(self) -> None:
-        self.courier.retire()
+        """Let go of the sources of all layers but the newest: its copies run while the next layer computes."""
+        self.courier.retire(keep_in_flight=2 if self.base_apart else 1)  # parcels of one layer
         if self.expert_courier is not None:
             self.expert_courier.retire()
 
@@ -308,6 +311,11 @@ class ActivationEngine:
         self.order.end_step()
         self._last = None
         self.stats.num_steps += 1
+
+    def abandon_step(self) -> None:
+        """A step was broken off by an exception: what is still under way belongs to graphs that will be dropped."""
+        self.order.end_step()
+        self._last = None
 
     @property
     def is_live(self) -> bool:

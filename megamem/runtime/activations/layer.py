@@ -59,6 +59,11 @@ class AbstractLayer(ABC):
     def has_dropout(self) -> bool:
         """Whether a call now would draw random numbers outside the expert part."""
 
+    @property
+    @abstractmethod
+    def can_replay(self) -> bool:
+        """Whether running the layer a second time leaves no trace; where it does not, tensors are only ever swapped."""
+
     @abstractmethod
     def only_whole(self, args: Args, kwargs: Kwargs) -> str | None:
         """Why a call with these arguments can be replayed on all tokens only; None where it can be cut."""
