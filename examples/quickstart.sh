@@ -12,7 +12,7 @@ four ranks on the CPU (tensor parallel 2 x pipeline parallel 2, sequence paralle
 run it again as often as you like. Further FLAGs go to examples/pretrain_gpt.py, for instance --train-iters 50.
 
 environment:
-  PYTHON   the interpreter to begin with, 3.11 or later   (default: python3)
+  PYTHON   the interpreter to begin with, 3.11 or later   (default: the first one found)
   VENV     where the virtual environment is               (default: .venv)
 TEXT
 }
@@ -20,11 +20,8 @@ TEXT
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=${PYTHON:-python3}
-VENV=${VENV:-.venv}
+source ci/environment.sh
 STEP="starting"
-
-say() { printf '[%3ds] %s\n' "$SECONDS" "$*"; }
 
 finish() {
     local status=$?
@@ -35,52 +32,6 @@ finish() {
     fi
 }
 trap finish EXIT
-
-make_environment() {
-    STEP="creating $VENV"
-    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "quickstart: $PYTHON is not Python 3.11 or later; set PYTHON=/path/to/a/newer/python" >&2
-        exit 1
-    fi
-    if [ ! -x "$VENV/bin/python" ]; then
-        say "creating $VENV"
-        "$PYTHON" -m venv "$VENV"
-    fi
-    PY="$VENV/bin/python"
-}
-
-install() {
-    STEP="installing"
-    local stamp="$VENV/.megamem-installed" pip=("$PY" -m pip --disable-pip-version-check -q install)
-    if [ -f "$stamp" ] && cmp -s setup.py "$stamp"; then
-        say "already installed in $VENV"
-        return
-    fi
-    "${pip[@]}" 'setuptools>=77' wheel
-    if ! "$PY" -c 'import torch' 2>/dev/null; then
-        say "installing PyTorch (the large one)"
-        "${pip[@]}" "$(torch_to_install)"
-    fi
-    say "installing megamem and Megatron-Core"
-    "${pip[@]}" --no-build-isolation -e '.[train]'
-    cp setup.py "$stamp"
-}
-
-torch_to_install() {
-    if [ "$(gpus)" -eq 0 ] && "$PY" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-        echo 'torch==2.13.0'
-    else
-        echo 'torch>=2.6'
-    fi
-}
-
-gpus() {
-    if command -v nvidia-smi >/dev/null 2>&1; then
-        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
-    else
-        echo 0
-    fi
-}
 
 prepare_data() {
     STEP="preparing data"
@@ -112,7 +63,7 @@ train() {
         fi
     fi
     say "training on $ranks ranks, $([ "$count" -eq 0 ] && echo CPU || echo "GPUs"): first stock, then with megamem"
-    "$VENV/bin/torchrun" --standalone --nproc-per-node "$ranks" examples/pretrain_gpt.py \
+    "$PY" -m torch.distributed.run --standalone --nproc-per-node "$ranks" examples/pretrain_gpt.py \
         --data-path "$CORPUS" "${size[@]}" ${parallel[@]+"${parallel[@]}"} \
         --swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights \
         --train-iters 20 --lr 2e-3 --lr-warmup-iters 2 --log-interval 5 \
@@ -121,6 +72,6 @@ train() {
 }
 
 make_environment
-install
+install_into_environment train
 prepare_data
 train "$@"
