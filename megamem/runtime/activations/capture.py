@@ -106,11 +106,6 @@ class Capture:
         self._answered = answered
         self._stack = [""]
 
-    @property
-    def is_learning(self) -> bool:
-        """Whether everything is noted."""
-        return self._answered is None
-
     def run(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """Call the layer and take notes."""
         layer = self.layer

@@ -1,10 +1,10 @@
 """The activation engine: keep, swap or recompute what every transformer layer saves, token range by token range.
 
 Source: MEMO (arXiv 2407.12117) swaps layer input and attention output of every layer, one fraction of the tokens of all
-other saved tensors, and rebuilds the rest before the layer's backward pass. We deviate in four ways:
-each tensor has a fraction of its own (sections 3 and 4 of its facts give the densities), outputs of element-wise
-operations are rebuilt from stored GEMM outputs, the input of a layer may be rebuilt from the layer before
-(`residual_every`), and what is rebuilt is learned from the layer itself instead of being written down for GPT.
+other saved tensors, and rebuilds the rest before the layer's backward pass. We deviate in four ways: each tensor has a
+fraction of its own, outputs of element-wise operations are rebuilt from stored GEMM outputs, the input of a layer may be
+rebuilt from the layer before (`residual_every`), and what can be rebuilt is learned from the layer itself instead of
+being written down for GPT.
 
 One engine serves all layers of all model chunks of a rank. It is told of a layer's call by its integration and holds no
 reference to the model. The order in which backward passes come is learned from the steps (`order.py`), so that the next
@@ -198,8 +198,6 @@ class ActivationEngine:
             self.stats.num_without_room += 1
             self._warn_of_room(run.layer.number, room)
         self.stats.swapped_nbytes += sum(parcel.nbytes for parcel, _ in run.parcels)
-        assert recipe is not None, "_ROOMS is not empty"
-        self.stats.num_replayed_layers += bool(recipe.segments)
 
     def _seal_experts(self, run: LayerRun, rule: LayerRule, routed: list[Handle]) -> None:
         """Experts' tensors: left where they are, or sent away whole."""

@@ -30,6 +30,10 @@ Room = Literal["all", "base", "none"]
 """What host memory still has room for: everything that the rule sends there, the base alone, or nothing."""
 
 
+Target = tuple[int, Geometry | None]
+"""Where a saved tensor will come from: its entry (-1: it is kept), and its shape there (None: as it was stored)."""
+
+
 @dataclass(frozen=True, slots=True)
 class EntryPlan:
     """What becomes of one entry: its first `tokens` tokens are stored in `tier`, the rest is replayed."""
@@ -112,19 +116,12 @@ class Recipe:
     anchors: list[AnchorPlan]
     segments: list[Segment]
     loads: list[Load]
-    targets: list[
-        tuple[int, Geometry | None]
-    ]  # per call of the pack hook: entry (-1: kept), shape on it (None: as stored)
+    targets: list[Target]
     input_tier: Tier
     attention_tier: Tier
     store_input: bool
     needs_base: bool  # whether layer input and attention output are asked for, apart from autograd's own use
     kept_nbytes: int = -1  # of the storages that stay in device memory; counted when first seen
-
-    @property
-    def recomputed_tokens(self) -> int:
-        """Tokens that some replay runs over."""
-        return sum(segment.stop - segment.start for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +168,10 @@ class _Maker:
         recipe.loads = self._loads(recipe)
         return recipe
 
-    def _targets(self, entries: list[EntryPlan]) -> list[tuple[int, Geometry | None]]:
+    def _targets(self, entries: list[EntryPlan]) -> list[Target]:
         stays = {plan.index for plan in entries if plan.whole and plan.tier == "hbm"}
         whole = {plan.index for plan in entries if plan.whole}
-        targets: list[tuple[int, Geometry | None]] = []
+        targets: list[Target] = []
         for pack in self.signature.packs:
             if pack.entry < 0 or pack.entry in stays:
                 targets.append((-1, None))

@@ -87,7 +87,6 @@ class Signature:
     aliases: list[tuple[int, int]] = field(default_factory=list)  # calls of the pack hook that brought the same memory
     anchors: dict[str, AnchorSpec] = field(default_factory=dict)
     attention: TokenAxis | None = None
-    replayable: bool = False  # whether anything was learned by replaying
     whole_only: str | None = None  # why a part of the tokens cannot be replayed
     too_short: bool = False  # so few tokens that a part of them tells nothing of the rest
 
@@ -180,7 +179,6 @@ class _Learner:
             axis = self._anchor_axis(path, replay)
             if axis is not None:
                 self.signature.anchors[name] = AnchorSpec(path, axis)
-        self.signature.replayable = True
 
     def _replay(self, args: Args, kwargs: Kwargs, call: object) -> Replay:
         layer, capture = self.layer, self.capture

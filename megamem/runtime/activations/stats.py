@@ -34,7 +34,6 @@ class ActivationStats:
 
     num_runs: int = 0
     num_untouched: int = 0
-    num_replayed_layers: int = 0
     num_unplanned: int = 0
     num_without_room: int = 0
     kept_nbytes: int = 0
