@@ -2,7 +2,6 @@
 
     MegamemError
      |- ConfigError        the user's configuration is wrong; lists every problem at once   (also a ValueError)
-     |- PlanError          a plan cannot be made, or does not belong to this run            (also a ValueError)
      |- PatchError         a patch cannot be applied or undone safely
      |- UnsupportedError   this model or Megatron setting does not work with the capability
      |- MissingPackage     an optional package that the asked-for feature needs is absent   (also an ImportError)
@@ -26,10 +25,6 @@ class ConfigError(MegamemError, ValueError):
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in the megamem configuration:\n  - "
         super().__init__(head + "\n  - ".join(self.problems))
-
-
-class PlanError(MegamemError, ValueError):
-    """No plan satisfies the request, or the plan was made for something else."""
 
 
 class PatchError(MegamemError, RuntimeError):

@@ -2,9 +2,9 @@
 
 Source: MEMO (arXiv 2407.12117) swaps layer input and attention output of every layer, one fraction of the tokens of all
 other saved tensors, and rebuilds the rest before the layer's backward pass. We deviate in four ways: each tensor has a
-fraction of its own, outputs of element-wise operations are rebuilt from stored GEMM outputs, the input of a layer may be
-rebuilt from the layer before (`residual_every`), and what can be rebuilt is learned from the layer itself instead of
-being written down for GPT.
+fraction of its own, outputs of element-wise operations are rebuilt from stored GEMM outputs, the input of a layer may
+be rebuilt from the layer before (`residual_every`), and what can be rebuilt is learned from the layer itself instead
+of being written down for GPT.
 
 One engine serves all layers of all model chunks of a rank. It is told of a layer's call by its integration and holds no
 reference to the model. The order in which backward passes come is learned from the steps (`order.py`), so that the next
