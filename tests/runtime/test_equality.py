@@ -1,8 +1,9 @@
 """Losses and every gradient, on every rank, against stock Megatron-Core.
 
 Pure swap is bitwise by construction: the same numbers come back. Where tokens are recomputed, equality is bitwise as
-long as a GEMM on a part of the tokens gives the same rows as on all of them. That holds for the CPU kernels at these sizes
-whenever all tokens, or none, are recomputed; for a part of them the stated tolerance is a few roundings of the dtype.
+long as a GEMM on a part of the tokens gives the same rows as on all of them. That holds for the CPU kernels at these
+sizes whenever all tokens, or none, are recomputed; for a part of them the stated tolerance is a few roundings of the
+dtype.
 """
 
 from typing import Any
