@@ -269,9 +269,9 @@ class ActivationEngine:
         """A layer's backward pass starts: fetch what the next one needs, and let go of what has been copied."""
         for later in self.order.next_after(run):
             later.fetch()
+        self._sample(0)
         self._retire()
         if not run.is_away:  # nothing was sent away: autograd frees it as it goes on
-            self._sample(0)
             self.on_gone(run)
 
     def on_back(self, run: LayerRun) -> None:
