@@ -152,7 +152,8 @@ class Capture:
         if experts is None:
             return self.handles, []
         inputs = {(t.data_ptr(), t.numel()) for t in self.io[experts].inputs} if experts in self.io else set()
-        fixed, routed = [], []
+        fixed: list[Handle] = []
+        routed: list[Handle] = []
         for handle in self.handles:
             tensor = handle.tensor
             assert tensor is not None
