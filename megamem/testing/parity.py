@@ -6,6 +6,7 @@ stock, ours = train(case), train(case, {"policy": "memo", "keep_last_layers": 0}
 assert ours.differences(stock) == []
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,17 @@ def train(
     `train_steps`.
     """
     seed_everything()
-    handle = enable({"activations": dict(activations or {"policy": "off"})}, device=device)
-    with handle:
+    with contextlib.ExitStack() as stack:
+        handle = None
+        if activations is not None:
+            handle = stack.enter_context(enable({"activations": dict(activations)}, device=device))
         chunks = build_gpt(case) if build is None else build()
         if prepare is not None:
             prepare(chunks)
         losses, gradients = train_steps(chunks, case, num_microbatches=num_microbatches, steps=steps, **options)
-        return Trained(losses=losses, gradients=gradients, engine=handle.engine, random_state=compat.random_state())
+        return Trained(
+            losses=losses,
+            gradients=gradients,
+            engine=None if handle is None else handle.engine,
+            random_state=compat.random_state(),
+        )

@@ -56,6 +56,11 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * item
 
 
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """Which storage, and which bytes of it."""
+    return (tensor.untyped_storage()._cdata, *_span(tensor))
+
+
 def _poison(tensor: Tensor) -> None:
     start, stop = _span(tensor)
     whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
@@ -230,7 +235,7 @@ class SimulatedDevice(AbstractDevice):
         self.streams = tuple(SimulatedStream(self, index) for index in range(3))
         self._regions: dict[int, _Region] = {}
         self._hosts: dict[int, Tensor] = {}
-        self._claims: dict[tuple[int, int], int] = {}
+        self._claims: dict[tuple[int, int, int], int] = {}  # (storage, first byte, one past the last) -> size
         self._leaving: list[tuple[SimulatedEvent | None, Tensor]] = []
         self.num_copies = 0
 
@@ -290,19 +295,21 @@ class SimulatedDevice(AbstractDevice):
         return memory
 
     def claim_host(self, memory: Tensor) -> None:
-        start, stop = _span(memory)
-        for (first, last), _ in self._claims.items():
-            if first < stop and start < last:
+        key, start, stop = place = _place(memory)
+        for other, first, last in self._claims:
+            if other == key and first < stop and start < last:
                 raise RaceError(f"host bytes {start}:{stop} have a tenant at {first}:{last} already")
-        self._claims[start, stop] = stop - start
+        self._claims[place] = stop - start
         self._leaving = [
-            (event, old) for event, old in self._leaving if _span(old)[1] <= start or stop <= _span(old)[0]
+            (event, old)
+            for event, old in self._leaving
+            if _place(old)[0] != key or _span(old)[1] <= start or stop <= _span(old)[0]
         ]
         self._region(memory).forget_contents(start, stop)
 
     def release_host(self, memory: Tensor, after: AbstractEvent | None) -> None:
         assert after is None or isinstance(after, SimulatedEvent)
-        if self._claims.pop(_span(memory), None) is None:
+        if self._claims.pop(_place(memory), None) is None:
             raise RaceError(f"host bytes {_span(memory)} have no tenant that could leave")
         self._leaving.append((after, memory))
         self.pump()
@@ -326,7 +333,8 @@ class SimulatedDevice(AbstractDevice):
         if any(stream.queue for stream in self.streams):
             raise RaceError(f"{self.num_pending} copies are still pending")
         if self._claims:
-            raise RaceError(f"host memory was never given back: {sorted(self._claims)}")
+            places = sorted((start, stop) for _, start, stop in self._claims)
+            raise RaceError(f"host memory was never given back: {places}")
 
     # What follows is for the streams and events of this module.
 
@@ -360,8 +368,9 @@ class SimulatedDevice(AbstractDevice):
         """Note the accesses of a copy that is issued now. Returns what a device source holds, else None."""
         host_src, host_dst = self._is_host(src), self._is_host(dst)
         for tensor, is_host in ((src, host_src), (dst, host_dst)):
-            start, stop = _span(tensor)
-            if self._detect and is_host and not any(lo <= start and stop <= hi for lo, hi in self._claims):
+            key, start, stop = _place(tensor)
+            has_tenant = any(other == key and lo <= start and stop <= hi for other, lo, hi in self._claims)
+            if self._detect and is_host and not has_tenant:
                 raise RaceError(f"{NAMES[stream.index]} copies host bytes {start}:{stop}, which have no tenant")
         if self._detect and host_src and not self._region(src).filled(*_span(src)):
             raise RaceError(f"{NAMES[stream.index]} reads host bytes {_span(src)}, which were never written")

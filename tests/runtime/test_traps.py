@@ -100,7 +100,7 @@ def weights_and_shared_memory() -> dict[str, int]:
     stored = {"definition": found["bytes"], "guarded": _stored(SWAP, case)}
     with mutated(MegatronLayer, "parameter_storages", lambda self: frozenset()):
         stored["with weights"] = _stored(SWAP, case)
-    real, numbers = signature._own_region, count(1)
+    real, numbers = signature.own_region, count(1)
 
     def distinct(tensor: Any, parameters: frozenset[int]) -> Any:
         from dataclasses import replace
@@ -224,7 +224,7 @@ def emptied_storage() -> dict[str, Any]:
         stock = train(case)
         for name, options in {"swap": SWAP, "recompute": RECOMPUTE, "base": {**SWAP, "swap_fraction": 0}}.items():
             found[name] = train(case, options).differences(stock)
-        real = signature._own_region
+        real = signature.own_region
 
         def unguarded(tensor: Any, parameters: frozenset[int]) -> Any:
             if tensor.untyped_storage().nbytes() == 0:

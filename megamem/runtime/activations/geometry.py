@@ -110,7 +110,9 @@ def compact(tensor: Tensor, region: Region) -> Tensor:
     if len(region.dims) == 1 and region.dims[0][1] == 1:
         return tensor.as_strided((region.numel,), (1,), region.offset)
     sizes, strides = zip(*region.dims, strict=True)
-    return tensor.as_strided(sizes, strides, region.offset).reshape(-1)
+    return (
+        tensor.as_strided(sizes, strides, region.offset).reshape(-1).contiguous()
+    )  # reshaping a column copies nothing
 
 
 @dataclass(frozen=True, slots=True)
