@@ -5,8 +5,8 @@
    on a GPU are the copy engines'; they are timed apart, and the ratio is also given without them.
 2. `layers`: layers so small (s=8, h=32) that Python is all there is, on a device whose copies do nothing. Engine minus
    stock, divided by layers, is bookkeeping; forward and backward apart; in processor time.
-3. `floor`: what PyTorch itself charges for any swapping: the same layers under saved-tensor hooks that do nothing,
-   and with every watched part given a forward of its own that only passes on.
+   `empty hooks` is what PyTorch itself charges for any swapping: the same layers under saved-tensor hooks that do
+   nothing.
 
 The CPU rig is off while anything is timed: it charges every torch call several microseconds that no GPU run pays.
 
@@ -177,7 +177,7 @@ def _timed(stack: LayerStack, tokens: int, steps: int, engine: Any) -> common.Js
     return {"wall": clock.wall / steps, "cpu": clock.cpu / steps, "copies": copies}
 
 
-# -- 2 and 3 ----------------------------------------------------------------------------------------------------------
+# -- 2 ----------------------------------------------------------------------------------------------------------------
 
 
 def measure_layers(args: argparse.Namespace, rig: CpuRig) -> common.Json:
@@ -189,7 +189,6 @@ def measure_layers(args: argparse.Namespace, rig: CpuRig) -> common.Json:
     contenders: dict[str, Callable[[], common.Json]] = {
         "stock": lambda: _tiny(stack, steps, None),
         "empty hooks": lambda: _hooked(stack, steps),
-        "watched parts": lambda: _watched(stack, steps),
     }
     for name, policy in POLICIES.items():
         contenders[name] = lambda policy=policy: _engined(stack, steps, policy)  # type: ignore[misc]
@@ -221,16 +220,6 @@ def _tiny(stack: LayerStack, steps: int, end_step: Callable[[], None] | None) ->
 
 def _hooked(stack: LayerStack, steps: int) -> common.Json:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        return _tiny(stack, steps, None)
-
-
-def _watched(stack: LayerStack, steps: int) -> common.Json:
-    """Every part that the engine watches gets a forward that only passes on, for the whole turn."""
-    from megamem.integrations.megatron_layer import MegatronLayer
-
-    with contextlib.ExitStack() as around:
-        for layer in stack.layers:
-            around.enter_context(MegatronLayer(layer).watched(lambda _path, real, args, kwargs: real(*args, **kwargs)))
         return _tiny(stack, steps, None)
 
 

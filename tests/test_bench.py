@@ -1,0 +1,115 @@
+"""The benchmarks run, and their files hold what their readers look for. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "ci" / "bench"
+NAMES = ("retained_bytes", "bookkeeping", "gpu_layer")
+
+pytestmark = pytest.mark.megatron
+
+
+def run(name: str, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run a benchmark at toy sizes; its file."""
+    command = [sys.executable, "-W", "ignore", str(BENCH / f"{name}.py"), "--out", str(out), "--quick", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    document: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    check_frame(document, name)
+    return document["results"]  # type: ignore[no-any-return]
+
+
+def check_frame(document: dict[str, Any], name: str) -> None:
+    """What every file says besides its results."""
+    assert document["benchmark"] == name
+    assert {"cpu", "cores", "memory_bytes", "gpu", "load_1min"} <= set(document["machine"])
+    assert {"python", "torch", "megatron-core", "megamem", "commit", "dirty"} <= set(document["versions"])
+    assert document["date"].endswith("Z")
+    assert "out" not in document["arguments"]  # a path of this machine
+
+
+def check_summary(summary: dict[str, Any]) -> None:
+    """Median and spread of repetitions that are all there."""
+    assert summary["min"] <= summary["q1"] <= summary["median"] <= summary["q3"] <= summary["max"]
+    assert len(summary["repetitions"]) >= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_what_is_measured(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(BENCH / f"{name}.py"), "--help"],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--out FILE.json" in done.stdout
+    assert "--quick" in done.stdout
+
+
+def test_retained_bytes(tmp_path: Path) -> None:
+    results = run("retained_bytes", tmp_path / "out.json")
+    for target in results.pop("targets"):
+        assert target["met"], target["what"]
+    assert results
+    for shape, case in results.items():
+        contenders = case["contenders"]
+        stock = contenders["stock"]["live_bytes"]
+        assert stock >= 16 * case["unit_bytes"]
+        for name, counts in contenders.items():
+            assert counts["host_bytes_left_after_backward"] == 0, name
+            assert counts["engine_bytes_left_after_backward"] == 0, name
+            if name != "stock":
+                assert counts["live_bytes"] < stock / 4, name
+        # Swapped in full, everything that stock holds is in host memory; slots are rounded up. Llama's stock holds
+        # more: all of fc1's output for its gate, all of qkv for the values, since views keep all of their storage.
+        least = stock if shape.startswith("memo") else 0.7 * stock
+        assert least <= contenders["memo 1"]["host_bytes"] < stock * 1.2
+        # Every other layer's input is not stored.
+        every = contenders["memo 0"]["host_bytes"] - contenders["memo 0, residual 2"]["host_bytes"]
+        assert every == pytest.approx(case["unit_bytes"] / 2)
+
+
+def test_bookkeeping(tmp_path: Path) -> None:
+    results = run("bookkeeping", tmp_path / "out.json")
+    steps, layers = results["steps"], results["layers"]
+    for name in ("ratio", "ratio_cpu_time", "ratio_without_copies", "copy_seconds"):
+        check_summary(steps[name])
+    assert set(layers["added_microseconds"]) == {"empty hooks", "memo 1", "keep"}
+    for added in layers["added_microseconds"].values():
+        check_summary(added["total"])
+    assert [set(target) for target in results["targets"]] == [{"what", "met"}] * 2
+
+
+def test_every_contender_of_gpu_layer_runs_on_a_cpu(tmp_path: Path) -> None:
+    results = run("gpu_layer", tmp_path / "out.json", "--device", "cpu", "--minutes", "14")
+    for target in results["targets"]:
+        assert target["met"], target["what"]
+    assert {cell["shape"] for cell in results["cells"]} == {"llama-3-8b", "memo-7b-tp8"}
+    assert set(results["machine"]["link"]) == {"nbytes", "to_host", "to_device", "duplex"}
+    for cell in results["cells"]:
+        base, saved, layers = cell["base_bytes_per_layer"], cell["saved_bytes_per_layer"], cell["layers"]
+        assert base < saved
+        assert set(cell["contenders"]) == set(results["contenders"])
+        for name, result in cell["contenders"].items():
+            if name == "Megatron fine-grained offload":
+                assert result["status"].startswith("not run: ")
+                continue
+            assert result["status"] == "ok", (name, result["status"])
+            check_summary(result["step_ms"])
+            assert cell["parity"][name]["max_relative_error"] < 1e-4, name
+        stored = {name: result.get("per_step", {}).get("bytes_stored") for name, result in cell["contenders"].items()}
+        assert stored["memo 0"] == layers * base
+        assert stored["memo 1"] == layers * saved
+        assert stored["keep"] == stored["recompute"] == 0
+        assert stored["memo 0"] <= stored["memo uniform"] <= stored["memo 1"]
+        # The recipe leaves the log-sum-exp of toys, a few numbers, where it is.
+        assert 0.9 * layers * base < stored["public recipe"] <= layers * base
