@@ -110,9 +110,8 @@ def compact(tensor: Tensor, region: Region) -> Tensor:
     if len(region.dims) == 1 and region.dims[0][1] == 1:
         return tensor.as_strided((region.numel,), (1,), region.offset)
     sizes, strides = zip(*region.dims, strict=True)
-    return (
-        tensor.as_strided(sizes, strides, region.offset).reshape(-1).contiguous()
-    )  # reshaping a column copies nothing
+    flat = tensor.as_strided(sizes, strides, region.offset).reshape(-1)
+    return flat.contiguous()  # a lone strided dimension is reshaped without a copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,7 @@ class _Learner:
         self.start = 0 if whole_only else self.tokens // 2
         self.stop = self.tokens if whole_only else min(self.tokens, self.start + _PROBE_TOKENS)
         self.keys = _keys(fixed)
+        self._pairs: list[tuple[str, int, Tensor, Tensor, Region | None]] | None = None
 
     def learn(self, args: Args, kwargs: Kwargs, call: object) -> None:
         """Fill in sources and anchors. Raises UnsupportedError where the replay does not reproduce the layer."""
@@ -204,18 +205,27 @@ class _Learner:
                 if source is not None:
                     yield source
                     break
-        for path, io in self.capture.io.items():
-            inputs = replay.inputs.get(path, [])
-            for number, (tensor, got) in enumerate(zip(io.inputs, inputs, strict=False)):
-                if tensor.dtype == entry.dtype and tensor.numel() == entry.numel:
-                    source = self._input_source(index, tensor, got, path, number)
-                    if source is not None:
-                        yield source
+        for path, number, tensor, got, region in self._inputs(replay):
+            if tensor.dtype == entry.dtype and tensor.numel() == entry.numel:
+                source = self._input_source(index, tensor, got, path, number, region)
+                if source is not None:
+                    yield source
 
-    def _input_source(self, index: int, tensor: Tensor, got: Tensor, path: str, number: int) -> Source | None:
+    def _inputs(self, replay: Replay) -> list[tuple[str, int, Tensor, Tensor, Region | None]]:
+        """(part, which of its inputs, in the forward, in the replay, region) of all inputs that both have."""
+        if self._pairs is None:
+            self._pairs = [
+                (path, number, tensor, got, region_of(tensor))
+                for path, io in self.capture.io.items()
+                for number, (tensor, got) in enumerate(zip(io.inputs, replay.inputs.get(path, []), strict=False))
+            ]
+        return self._pairs
+
+    def _input_source(
+        self, index: int, tensor: Tensor, got: Tensor, path: str, number: int, region: Region | None
+    ) -> Source | None:
         """The entry as input `number` of a part: the same memory, or a copy of it in another order of dimensions."""
-        region = region_of(tensor)
-        if region == self.regions[index]:
+        if region is not None and region == self.regions[index]:
             return self._compare(tensor, got, region, part=path, index=number)
         if path != self.layer.attention or region is None:
             return None  # copies are looked for where they are known to happen: in the attention kernel's layout
