@@ -76,12 +76,13 @@ def train(
     steps: int = 2,
     prepare: Callable[[list[Module]], None] | None = None,
     build: Callable[[], list[Module]] | None = None,
+    make_optimizer: Callable[[list[Module]], Any] | None = None,
     **options: Any,
 ) -> Trained:
     """Build the model and train it; `activations` is the configuration section, None stock Megatron.
 
-    `prepare(chunks)` may change the model before the first step; `build` makes it in another way; `options` go to
-    `train_steps`.
+    `prepare(chunks)` may change the model before the first step; `build` and `make_optimizer(chunks)` make them
+    in another way; `options` go to `train_steps`.
     """
     seed_everything()
     with contextlib.ExitStack() as stack:
@@ -91,6 +92,8 @@ def train(
         chunks = build_gpt(case) if build is None else build()
         if prepare is not None:
             prepare(chunks)
+        if make_optimizer is not None:
+            options["optimizer"] = make_optimizer(chunks)
         losses, gradients = train_steps(chunks, case, num_microbatches=num_microbatches, steps=steps, **options)
         return Trained(
             losses=losses,
