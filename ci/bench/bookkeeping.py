@@ -4,9 +4,9 @@
    fraction 1, in turns. The ratio of step times contains the copies, which on a CPU are the processor's own work and
    on a GPU are the copy engines'; they are timed apart, and the ratio is also given without them.
 2. `layers`: layers so small (s=8, h=32) that Python is all there is, on a device whose copies do nothing. Engine minus
-   stock, divided by layers, is bookkeeping; forward and backward apart; in processor time.
-   `empty hooks` is what PyTorch itself charges for any swapping: the same layers under saved-tensor hooks that do
-   nothing.
+   stock, divided by layers, is bookkeeping; forward and backward apart; in processor time, the
+   least of a turn's steps. `empty hooks` is what PyTorch itself charges for any swapping: the same layers
+   under saved-tensor hooks that do nothing.
 
 The CPU rig is off while anything is timed: it charges every torch call several microseconds that no GPU run pays.
 
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import cProfile
 import pstats
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -209,12 +208,12 @@ def measure_layers(args: argparse.Namespace, rig: CpuRig) -> common.Json:
 
 
 def _tiny(stack: LayerStack, steps: int, end_step: Callable[[], None] | None) -> common.Json:
-    """Processor time, and the median over steps, so that other processes on the machine count as little as can be."""
+    """Processor time, and the least of the steps: other processes on the machine only ever add to it."""
     each = [one_step(stack, 8, end_step, time.process_time) for _ in range(steps)]
     scale = 1e6 / len(stack.layers)
     return {
-        "forward": statistics.median(forward for forward, _ in each) * scale,
-        "backward": statistics.median(backward for _, backward in each) * scale,
+        "forward": min(forward for forward, _ in each) * scale,
+        "backward": min(backward for _, backward in each) * scale,
     }
 
 

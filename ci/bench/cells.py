@@ -37,19 +37,21 @@ class Deadline:
 
 
 def saved_sizes(stack: LayerStack, tokens: int) -> tuple[int, int]:
-    """(bytes that one layer saves at `tokens`, bytes that save_on_cpu would pin for it), from a short run."""
+    """(bytes that one layer saves at `tokens`, bytes that save_on_cpu would pin for it), from a short run.
+
+    Counted are the saved tensors themselves, each place once, and not the larger storages that some are views of.
+    """
     few = min(tokens, 256 * stack.shape.shards)
     scale = tokens / few
     parameters = {parameter.untyped_storage().data_ptr() for parameter in stack.parameters()}
-    storages: dict[int, int] = {}
+    places: dict[int, int] = {}
     pinned = 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal pinned
-        storage = tensor.untyped_storage()
-        is_parameter = storage.data_ptr() in parameters
+        is_parameter = tensor.untyped_storage().data_ptr() in parameters
         if not is_parameter:
-            storages[storage.data_ptr()] = storage.nbytes()
+            places[tensor.data_ptr()] = max(places.get(tensor.data_ptr(), 0), tensor.nbytes)
         nbytes = tensor.nbytes * (1 if is_parameter else scale)
         pinned += 1 << max(math.ceil(math.log2(max(nbytes, 1))), 0)
         return tensor
@@ -57,7 +59,7 @@ def saved_sizes(stack: LayerStack, tokens: int) -> tuple[int, int]:
     hidden = stack.leaf(few).clone()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         stack.call(0, hidden, few)
-    return int(sum(storages.values()) * scale), pinned
+    return int(sum(places.values()) * scale), pinned
 
 
 def one_step(bench: Bench, running: Running, leaf: Tensor, gradient: Tensor) -> tuple[float, float]:
