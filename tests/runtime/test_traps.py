@@ -108,7 +108,7 @@ def weights_and_shared_memory() -> dict[str, int]:
         region = real(tensor, parameters)
         return region and replace(region, storage=next(numbers))
 
-    with mutated(signature, "_own_region", distinct):
+    with mutated(signature, "own_region", distinct):
         stored["every time"] = _stored(SWAP, case)
     stored["one layer's weights"] = 4 * (32 * (32 + 32) + 32 * 32 + 32 * 128 + 64 * 32)  # qkv, projection, fc1, fc2
     return stored
@@ -142,7 +142,7 @@ def _odd_norm(kind: str) -> Callable[[list[Any]], None]:
 
 
 def odd_tensors(kind: str) -> dict[str, Any]:
-    from megamem.runtime.activations import run, signature
+    from megamem.runtime.activations import recipe, signature
     from megamem.runtime.activations.geometry import Region
     from megamem.testing.parity import train
 
@@ -160,7 +160,10 @@ def odd_tensors(kind: str) -> dict[str, Any]:
             return None
         return Region(storage, tensor.dtype, tensor.storage_offset(), ((tensor.numel(), 1),))
 
-    with mutated(signature, "_own_region", unguarded), mutated(run, "region_of", lambda tensor: unguarded(tensor, ())):
+    with (
+        mutated(signature, "own_region", unguarded),
+        mutated(recipe, "region_of", lambda tensor: unguarded(tensor, ())),
+    ):
         found["unguarded"] = _error_of(lambda: found.update(bytes_unguarded=_stored(SWAP, case, prepare=prepare)))
     return found
 
@@ -208,7 +211,7 @@ def test_an_input_that_the_pipeline_holds_is_not_moved(dist: Dist) -> None:
     assert second["saved"] == 2 * 2 * 16 * 2 * 32 * 4  # steps, microbatches, [s, b, h] in fp32
 
 
-def emptied_storage() -> dict[str, Any]:
+def emptied_storage(guarded: bool) -> dict[str, Any]:
     from megatron.core.tensor_parallel import random as megatron_random
 
     from megamem.runtime.activations import signature
@@ -216,14 +219,15 @@ def emptied_storage() -> dict[str, Any]:
 
     # Without Transformer Engine Megatron's class needs `fp8=None` to keep off names that it failed to import, and
     # `TransformerLayer` does not pass it: give it that default. All else is Megatron's own code.
-    init = megatron_random.CheckpointWithoutOutput.__init__
-    with mutated(init, "__defaults__", (None,)):
+    with mutated(megatron_random.CheckpointWithoutOutput.__init__, "__defaults__", (None,)):
         config = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
         case, plain = _case(config=config), _case_again()
-        found: dict[str, Any] = {"upstream": train(case).differences(train(plain))}
         stock = train(case)
-        for name, options in {"swap": SWAP, "recompute": RECOMPUTE, "base": {**SWAP, "swap_fraction": 0}}.items():
-            found[name] = train(case, options).differences(stock)
+        if guarded:
+            found: dict[str, Any] = {"upstream": stock.differences(train(plain))}
+            for name, options in {"swap": SWAP, "recompute": RECOMPUTE, "base": {**SWAP, "swap_fraction": 0}}.items():
+                found[name] = train(case, options).differences(stock)
+            return found
         real = signature.own_region
 
         def unguarded(tensor: Any, parameters: frozenset[int]) -> Any:
@@ -231,9 +235,10 @@ def emptied_storage() -> dict[str, Any]:
                 return signature.region_of(tensor)
             return real(tensor, parameters)
 
-        with mutated(signature, "_own_region", unguarded):
-            found["unguarded"] = _error_of(lambda: train(case, SWAP))
-    return found
+        with mutated(signature, "own_region", unguarded):
+            if differences := train(case, SWAP).differences(stock):
+                raise AssertionError(f"wrong gradients: {differences}")
+        return {}
 
 
 def _case_again() -> Any:
@@ -243,10 +248,11 @@ def _case_again() -> Any:
 
 
 def test_storage_that_megatron_emptied_is_left_to_megatron(dist: Dist) -> None:
-    (found,) = dist(1)(emptied_storage)
-    assert found["upstream"] == []
-    assert found["swap"] == found["recompute"] == found["base"] == []
-    assert "out of bounds" in found["unguarded"]
+    from megamem.testing.dist import RankError
+
+    assert dist(1)(emptied_storage, True) == [{"upstream": [], "swap": [], "recompute": [], "base": []}]
+    with pytest.raises(RankError):  # memory that is not there is read: a segmentation fault, an error or nonsense
+        dist(1)(emptied_storage, False)
 
 
 # -- in-place changes and repeated backward passes ---------------------------------------------------------------------
@@ -279,10 +285,8 @@ def in_place(config: dict[str, Any] | None) -> dict[str, Any]:
         got = train(case, config, prepare=_spoil_input, steps=1, num_microbatches=1)
         found["wrong gradients"] = got.differences(train(case, steps=1, num_microbatches=1))
 
-    def unpack(handle: Any) -> Any:
-        return handle.tensor if handle.entry is None else handle.entry.get(handle.geometry)
-
-    with mutated(LayerRun, "version_check", lambda run, tensors: lambda: None), mutated(Handle, "unpack", unpack):
+    unchecked = mutated(LayerRun, "version_check", lambda run, tensors, names: lambda: None)
+    with unchecked, mutated(Handle, "check_version", lambda handle: None):
         found["unguarded"] = _error_of(spoiled)
     found["after"] = train(case).differences(clean)
     return found
@@ -292,7 +296,8 @@ def in_place(config: dict[str, Any] | None) -> dict[str, Any]:
 def test_a_tensor_changed_in_place_is_refused_by_name(dist: Dist, config: dict[str, Any]) -> None:
     assert "modified by an inplace operation" in dist(1)(in_place, None)[0]["error"]  # torch's own check, without hooks
     (found,) = dist(1)(in_place, config)
-    assert found["error"].startswith("ActivationError: a tensor of shape [")
+    assert found["error"].startswith("ActivationError: ")
+    assert ("layer_input" in found["error"] and "layer 2" in found["error"]) or "shape [16, 2, 32]" in found["error"]
     assert "changed in place" in found["error"]
     assert found["unguarded"] == ""  # torch says nothing while hooks are installed ...
     assert found["wrong gradients"]  # ... and the gradients are wrong
@@ -325,7 +330,10 @@ def twice(config: dict[str, Any]) -> dict[str, Any]:
         from megamem.runtime.activations.capture import Handle
 
         def unpack(handle: Any) -> Any:
-            return handle.tensor if handle.entry is None else handle.entry.get(handle.geometry)
+            if handle.entry is None:
+                return handle.tensor
+            memory = handle.entry.get()
+            return memory if handle.geometry is None else handle.geometry.view(memory)
 
         with mutated(Handle, "unpack", unpack):
             chunk, loss = _loss(case)
@@ -351,6 +359,7 @@ def test_a_second_backward_pass_is_refused_and_leaves_nothing_open(dist: Dist, c
 
 def dropped(config: dict[str, Any], times: int) -> dict[str, Any]:
     import megamem
+    from megamem.runtime.activations.capture import Handle
     from megamem.runtime.activations.parcels import Parcel
 
     case = _case(ddp=False)
@@ -377,11 +386,11 @@ def dropped(config: dict[str, Any], times: int) -> dict[str, Any]:
         gc.collect()
         engine.courier.flush()
         found["after"] = (engine.courier.arena.in_use, engine.courier.ledger.num_live, engine.stats.retained.now)
-        with mutated(Parcel, "__del__", lambda parcel: None):
+        with mutated(Parcel, "__del__", lambda parcel: None), mutated(Handle, "keep", lambda handle: None):
             many()
             gc.collect()
             engine.courier.flush()
-            found["unguarded"] = engine.courier.arena.in_use
+            found["unguarded"] = engine.courier.arena.in_use + engine.stats.retained.now
     return found
 
 
@@ -389,7 +398,7 @@ def dropped(config: dict[str, Any], times: int) -> dict[str, Any]:
 def test_a_graph_dropped_without_a_backward_pass_returns_what_it_holds(dist: Dist, config: dict[str, Any]) -> None:
     (found,) = dist(1)(dropped, config, 20)
     assert found["after"] == (0, 0, 0)
-    assert config is RECOMPUTE or found["unguarded"] > 0
+    assert found["unguarded"] > 0
     assert set(found["in use"]) == {0}, "only the garbage collector returns it"
 
 
