@@ -30,6 +30,13 @@ def uses_low_precision(config: Any) -> bool:
     return bool(getattr(config, "fp8", None)) or bool(getattr(config, "fp4", None))
 
 
+def is_moe_layer(layer: Any) -> bool:
+    """Whether a layer's MLP routes its tokens to experts. `layer.is_moe_layer` says so since 0.16 only."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    return isinstance(getattr(layer, "mlp", None), MoELayer)
+
+
 def nvtx_messages() -> list[str]:
     """Megatron's stack of open NVTX ranges, which an interrupted call leaves unbalanced; empty where there is none."""
     from megatron.core import utils

@@ -89,7 +89,7 @@ class Session(AbstractSession):
     def on_layer_built(self, layer: Module) -> None:
         self._num_built += 1
         check_layer(layer, self.config)
-        if self.config.activations.experts == "recompute" and getattr(layer, "is_moe_layer", False):
+        if self.config.activations.experts == "recompute" and compat.is_moe_layer(layer):
             self._checkpoint_experts(layer)
 
     def run_layer(

@@ -34,7 +34,7 @@ class MegatronLayer(AbstractLayer):
 
     def __init__(self, module: Module) -> None:
         self._reference = weakref.ref(module)  # whoever knows a layer by its module must not keep the module alive
-        self._experts = "mlp" if getattr(module, "is_moe_layer", False) else None
+        self._experts = "mlp" if compat.is_moe_layer(module) else None
         self._parts = dict(_parts(module, self._experts))
         self._anchors = {name: path for name, path in _ANCHORS.items() if path in self._parts}
         self._blocks = _token_blocks(module.config)
