@@ -203,9 +203,9 @@ def _undeclared(patches: Iterable[Patch]) -> dict[Patch, list[str]]:
         copies[patch] = []
         owners[id(_bound(slots[0]))] = patch, {(slot.owner.__name__, slot.name) for slot in slots}
     for module, name, value in _module_globals():
-        patch, known = owners.get(id(value), (None, ()))
-        if patch is not None and (module.__name__, name) not in known:
-            copies[patch].append(f"{module.__name__}:{name}")
+        owner = owners.get(id(value))
+        if owner is not None and (module.__name__, name) not in owner[1]:
+            copies[owner[0]].append(f"{module.__name__}:{name}")
     return {patch: sorted(names) for patch, names in copies.items()}
 
 
