@@ -77,8 +77,11 @@ def _counted_step(stack: LayerStack, tokens: int, handle: Any) -> common.Json:
     leaf, gradient = stack.leaf(tokens), stack.output_gradient(tokens)
     engine = handle.engine if handle is not None else None
     live_bytes, kept, host = [], [], []
+    for parameter in stack.parameters():  # as in a trainer, where gradients accumulate: else they are the peak
+        parameter.grad = torch.zeros_like(parameter)
     with LiveStorages() as live:
         live.ignore([leaf, gradient, *stack.parameters()])
+        live.ignore([parameter.grad for parameter in stack.parameters()])
         if engine is not None and engine.courier.arena._memory is not None:
             live.ignore([engine.courier.arena._memory])
         hidden = leaf.clone()
