@@ -77,15 +77,17 @@ class Ledger:
 class _Layout:
     """How a tensor lies in memory: `order` permutes its dimensions so that it becomes contiguous."""
 
-    __slots__ = ("dtype", "inverse", "nbytes", "order", "shape")
+    __slots__ = ("dtype", "inverse", "is_plain", "nbytes", "numel", "order", "shape")
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
-        self.nbytes = tensor.numel() * tensor.element_size()
+        self.numel = tensor.numel()
+        self.nbytes = self.numel * tensor.element_size()
         self.order: tuple[int, ...] | None = None
         self.inverse: tuple[int, ...] | None = None
+        self.is_plain = tensor.is_contiguous()
         shape = tensor.shape
-        if not tensor.is_contiguous():
+        if not self.is_plain:
             strides = tensor.stride()
             order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
             permuted = tensor.permute(order)
@@ -98,6 +100,8 @@ class _Layout:
     def stage(self, tensor: Tensor) -> Tensor:
         """The tensor as contiguous memory: an alias where it is dense, else a copy made on the compute stream."""
         # `data`, not `detach()`: a seventh of the cost, and no version counter or `_base` is shared.
+        if self.is_plain:
+            return tensor.data
         return tensor.permute(self.order).data if self.order is not None else tensor.data.contiguous()
 
     def restore(self, staged: Tensor) -> Tensor:
@@ -105,33 +109,45 @@ class _Layout:
         return staged.permute(self.inverse) if self.inverse is not None else staged
 
 
-def _bytes_of(contiguous: Tensor) -> Tensor:
-    return contiguous.view(-1).view(torch.uint8)
-
-
 @final
 class Manifest:
-    """How a list of tensors lies in a slot: one behind the other, each aligned.
+    """How a list of tensors lies in a slot: grouped by dtype, one behind the other, each aligned.
 
     Made once for the tensors that a layer stores in every step: shapes do not change, and looking at them again costs
-    more than copying a small one.
+    more than copying a small one. Grouped, because a slot is then cut into all its pieces by three calls a dtype.
     """
 
-    __slots__ = ("_lengths", "layouts", "nbytes", "slot_nbytes")
+    __slots__ = ("_groups", "layouts", "nbytes", "slot_nbytes")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         if not tensors:
             raise ValueError("a parcel holds at least one tensor")
         self.layouts = [_Layout(tensor) for tensor in tensors]
         self.nbytes = sum(layout.nbytes for layout in self.layouts)
-        self._lengths: list[int] = []
-        for layout in self.layouts:
-            self._lengths += (layout.nbytes, aligned(layout.nbytes) - layout.nbytes)
-        self.slot_nbytes = sum(self._lengths)
+        self.slot_nbytes = 0
+        self._groups: list[tuple[torch.dtype, int, list[int], list[int]]] = []  # dtype, end, positions, lengths
+        for dtype in dict.fromkeys(layout.dtype for layout in self.layouts):
+            positions = [i for i, layout in enumerate(self.layouts) if layout.dtype is dtype]
+            lengths: list[int] = []  # in elements: a tensor, its padding, the next tensor ...
+            for layout in (self.layouts[i] for i in positions):
+                lengths += (layout.numel, (aligned(layout.nbytes) - layout.nbytes) // dtype.itemsize)
+            self.slot_nbytes += sum(lengths) * dtype.itemsize
+            self._groups.append((dtype, self.slot_nbytes, positions, lengths))
 
-    def pieces(self, slot: Slot) -> Sequence[Tensor]:
-        """Where in the slot each tensor lies, as bytes."""
-        return slot.memory.split_with_sizes(self._lengths)[::2]
+    def pieces(self, slot: Slot) -> list[Tensor]:
+        """Where in the slot each tensor lies: 1-D, in its dtype."""
+        pieces: list[Tensor] = [slot.memory] * len(self.layouts)
+        start = 0
+        for dtype, stop, positions, lengths in self._groups:
+            typed = slot.memory[start:stop].view(dtype).split_with_sizes(lengths)  # type: ignore[no-untyped-call]
+            for position, piece in zip(positions, typed[::2], strict=True):
+                pieces[position] = piece
+            start = stop
+        return pieces
+
+
+def _flat(contiguous: Tensor) -> Tensor:
+    return contiguous.view(-1)
 
 
 class _Cargo:
@@ -224,7 +240,7 @@ class Courier:
             to_host.wait(self.device.compute.record())
             for event in slot.guards:
                 to_host.wait(event)
-            to_host.copy_all(zip(manifest.pieces(slot), map(_bytes_of, sources), strict=True))
+            to_host.copy_all(zip(manifest.pieces(slot), map(_flat, sources), strict=True))
             stored = to_host.record()
         except BaseException:
             # Copies already issued run on the stream that the slot's next tenant is written by: no further guard.
@@ -275,7 +291,7 @@ class Courier:
         to_device = self.device.to_device
         to_device.wait(self.device.compute.record())
         to_device.wait(cargo.stored)
-        to_device.copy_all(zip(map(_bytes_of, buffers), cargo.manifest.pieces(slot), strict=True))
+        to_device.copy_all(zip(map(_flat, buffers), cargo.manifest.pieces(slot), strict=True))
         cargo.fetched = to_device.record()
         cargo.buffers = buffers
         self.ledger.stage(cargo.nbytes)

@@ -210,9 +210,9 @@ class HostStream(AbstractStream):
         pass
 
     def copy_all(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        destinations, sources = zip(*pairs, strict=True)
         with torch.no_grad():
-            for dst, src in pairs:
-                dst.copy_(src)
+            torch._foreach_copy_(destinations, sources)  # one call into torch for all of them
 
 
 @final
