@@ -52,7 +52,8 @@ class Handle:
 
     def send_away(self, entry: Source, geometry: Geometry | None) -> None:
         """Let go of the tensor, which `entry` will bring back. Raises ActivationError if it was written to."""
-        self.check_version()
+        if self.tensor is None or self.tensor._version != self.version:
+            self.check_version()
         self.entry, self.geometry, self.tensor = entry, geometry, None
 
     def check_version(self) -> None:
@@ -67,9 +68,11 @@ class Handle:
     def unpack(self) -> Tensor:
         """Give the tensor back. Raises ActivationError where that would not be faithful."""
         if self.entry is None:
-            self.check_version()
-            assert self.tensor is not None
-            return self.tensor
+            tensor = self.tensor
+            if tensor is None or tensor._version != self.version:
+                self.check_version()
+            assert tensor is not None
+            return tensor
         task = _current_task()
         if self.task != task:
             if self.task != -1:

@@ -32,7 +32,7 @@ from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
 from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.order import BackwardOrder
 from megamem.runtime.activations.parcels import Courier
-from megamem.runtime.activations.recipe import Recipe, Room, Situation, make_recipe
+from megamem.runtime.activations.recipe import Room, Situation, make_recipe
 from megamem.runtime.activations.run import Entry, LayerRun
 from megamem.runtime.activations.signature import Signature, check_replayable, learn, own_region, survey
 from megamem.runtime.activations.stats import ActivationStats
@@ -41,7 +41,23 @@ from megamem.runtime.activations.streams import AbstractDevice
 _LOG = logging.getLogger("megamem")
 _ROOMS: tuple[Room, ...] = ("all", "base", "none")
 
-SignatureKey = tuple[int, torch.Size, torch.dtype, bool]
+Shape = tuple[torch.Size, torch.dtype, bool]
+"""What a layer's signature depends on: its input's shape and dtype, and whether it requires grad."""
+
+
+class _Known:
+    """What is known of one layer."""
+
+    __slots__ = ("answered", "signatures", "untouched_nbytes")
+
+    def __init__(self, layer: AbstractLayer, rule: LayerRule) -> None:
+        self.signatures: dict[Shape, Signature] = {}
+        self.untouched_nbytes: dict[Shape, int] = {}
+        # The parts whose results, or whose input, a run has to know once the layer is learned.
+        paths = [layer.attention, layer.experts]
+        if not rule.untouched:
+            paths += [path for name, path in layer.anchors.items() if rule.fates[name].fraction > 0]
+        self.answered = frozenset(path for path in paths if path is not None)
 
 
 class ActivationEngine:
@@ -64,11 +80,11 @@ class ActivationEngine:
         self.expert_courier = Courier(device, HostArena(device, host_nbytes // shares)) if swaps_experts else None
         self.stats = ActivationStats()
         self.order = BackwardOrder()
-        self._signatures: dict[SignatureKey, Signature] = {}
-        self._untouched_nbytes: dict[SignatureKey, int] = {}
-        self._recipes: dict[tuple[SignatureKey, Situation], Recipe] = {}
+        # By the layer, not by its number: multi-token prediction counts its layers anew. Weakly: models come and go.
+        self._known: weakref.WeakKeyDictionary[AbstractLayer, _Known] = weakref.WeakKeyDictionary()
         self._last: tuple[weakref.ref[Tensor], weakref.ref[LayerRun]] | None = None
         self._has_warned_of_room = False
+        self._is_storing_over = False  # the second layer's backward pass since the last forward has started
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -81,26 +97,32 @@ class ActivationEngine:
             return call(*args, **kwargs)
         rule = self.plan.rule(layer.number)
         self._retire()
+        self._is_storing_over = False
         hidden = layer.hidden(args, kwargs)
+        known = self._known.get(layer)
+        if known is None:
+            known = self._known[layer] = _Known(layer, rule)
         run = LayerRun(self, layer, call, args, kwargs, self._previous(hidden))
         if rule.untouched:
-            result = self._untouched(run, call, args, kwargs, hidden)
+            result = self._untouched(run, known, call, args, kwargs, hidden)
         else:
             _refuse_outer_hooks(layer)
-            result = self._captured(run, rule, call, args, kwargs, hidden)
+            result = self._captured(run, known, rule, call, args, kwargs, hidden)
         self._link(run, layer.output(result))
         self._sample(0)
         return result
 
-    def _untouched(self, run: LayerRun, call: Callable[..., Any], args: Args, kwargs: Kwargs, hidden: Tensor) -> Any:
+    def _untouched(
+        self, run: LayerRun, known: _Known, call: Callable[..., Any], args: Args, kwargs: Kwargs, hidden: Tensor
+    ) -> Any:
         """A layer that the plan leaves alone: plain autograd, but what it saves is counted when it is first seen."""
-        key = (run.layer.number, hidden.shape, hidden.dtype, hidden.requires_grad)
+        shape = hidden.shape, hidden.dtype, hidden.requires_grad
         self.stats.num_untouched += 1
-        nbytes = self._untouched_nbytes.get(key)
+        nbytes = known.untouched_nbytes.get(shape)
         if nbytes is None:
             meter = ActivationMeter()
             result = meter.run(run.layer.parameter_storages(), call, args, kwargs)
-            nbytes = self._untouched_nbytes[key] = meter.retained.now
+            nbytes = known.untouched_nbytes[shape] = meter.retained.now
         else:
             result = call(*args, **kwargs)
         run.kept_nbytes = nbytes
@@ -109,36 +131,35 @@ class ActivationEngine:
         return result
 
     def _captured(
-        self, run: LayerRun, rule: LayerRule, call: Callable[..., Any], args: Args, kwargs: Kwargs, hidden: Tensor
+        self,
+        run: LayerRun,
+        known: _Known,
+        rule: LayerRule,
+        call: Callable[..., Any],
+        args: Args,
+        kwargs: Kwargs,
+        hidden: Tensor,
     ) -> Any:
         layer = run.layer
-        key = (layer.number, hidden.shape, hidden.dtype, hidden.requires_grad)
-        signature = self._signatures.get(key)
-        capture = Capture(layer, None if signature is None else self._answered(layer, rule))
+        shape = hidden.shape, hidden.dtype, hidden.requires_grad
+        signature = known.signatures.get(shape)
+        capture = Capture(layer, None if signature is None else known.answered)
         result = capture.run(call, args, kwargs)
         handles, routed = capture.split()
         if signature is None:
             signature = self._learn(capture, handles, hidden, args, kwargs, call, rule)
-            self._signatures[key] = signature
+            known.signatures[shape] = signature
         self.stats.num_runs += 1
         if signature.matches(handles):
-            self._seal(run, rule, capture, handles, key, signature, hidden)
+            self._seal(run, rule, capture, handles, signature, hidden)
             self._seal_experts(run, rule, routed)
         else:
-            self._leave_alone(key, layer)
-        for handle in capture.handles:
-            if handle.entry is None:
-                handle.keep()
+            del known.signatures[shape]
+            self._leave_alone(layer, capture.handles)
         capture.forget()
         self.stats.kept_nbytes += run.kept_nbytes
         self.stats.retained.add(run.kept_nbytes)
         return result
-
-    def _answered(self, layer: AbstractLayer, rule: LayerRule) -> frozenset[str]:
-        """The parts whose results, or whose input, a run has to know once its layer is learned."""
-        paths = [layer.attention, layer.experts]
-        paths += [path for name, path in layer.anchors.items() if rule.fates[name].fraction > 0]
-        return frozenset(path for path in paths if path is not None)
 
     def _learn(
         self,
@@ -176,23 +197,18 @@ class ActivationEngine:
         rule: LayerRule,
         capture: Capture,
         handles: list[Handle],
-        key: SignatureKey,
         signature: Signature,
         hidden: Tensor,
     ) -> None:
         """Store what the rule stores; where host memory is full, recompute what can be and keep the rest."""
         store_input = rule.store_input or not _can_rebuild(run.previous)
+        keep_base = self.base_apart and run.layer.experts is None
         for room in _ROOMS:
-            situation = Situation(
-                tokens=run.tokens,
-                room=room,
-                store_input=store_input,
-                input_is_held=hidden.is_leaf,
-                keep_base=self.base_apart and run.layer.experts is None,
-            )
-            recipe = self._recipes.get((key, situation))
+            kind = room, store_input, hidden.is_leaf
+            recipe = signature.recipes.get(kind)
             if recipe is None:
-                recipe = self._recipes[key, situation] = make_recipe(signature, rule, run.layer, situation)
+                situation = Situation(run.tokens, room, store_input, input_is_held=hidden.is_leaf, keep_base=keep_base)
+                recipe = signature.recipes[kind] = make_recipe(signature, rule, run.layer, situation)
             if run.seal(capture, handles, signature, recipe, hidden):
                 break
             self.stats.num_without_room += 1
@@ -201,6 +217,10 @@ class ActivationEngine:
 
     def _seal_experts(self, run: LayerRun, rule: LayerRule, routed: list[Handle]) -> None:
         """Experts' tensors: left where they are, or sent away whole."""
+        if not routed:
+            return
+        for handle in routed:
+            handle.keep()
         if self.expert_courier is None or not _goes_to_host(rule.fates[EXPERTS]):
             return
         parameters = run.layer.parameter_storages()
@@ -228,11 +248,10 @@ class ActivationEngine:
                 handle.send_away(entry, Geometry.of(handle.tensor, region))
         self.stats.swapped_nbytes += run.expert_parcel.nbytes
 
-    def _leave_alone(self, key: SignatureKey, layer: AbstractLayer) -> None:
-        """The layer saved other tensors than when it was learned: its handles keep them, and it is learned anew."""
-        del self._signatures[key]
-        for known in [known for known in self._recipes if known[0] == key]:
-            del self._recipes[known]
+    def _leave_alone(self, layer: AbstractLayer, handles: list[Handle]) -> None:
+        """The layer saved other tensors than when it was learned: they are kept this time, and it is learned anew."""
+        for handle in handles:
+            handle.keep()
         self.stats.num_unplanned += 1
         if self.stats.num_unplanned == 1:
             _LOG.warning(
@@ -270,7 +289,10 @@ class ActivationEngine:
         for later in self.order.next_after(run):
             later.fetch()
         self._sample(0)
-        self._retire()
+        # Nothing is stored in a backward pass, so nothing would push the last copies out. They have had a whole layer's
+        # backward pass when the second one starts.
+        self._retire(everything=self._is_storing_over)
+        self._is_storing_over = True
         if not run.is_away:  # nothing was sent away: autograd frees it as it goes on
             self.on_gone(run)
 
@@ -295,11 +317,12 @@ class ActivationEngine:
         """The most device memory held for backward passes at any time, in bytes."""
         return self.stats.peak_held_nbytes
 
-    def _retire(self) -> None:
-        """Let go of the sources of all layers but the newest: its copies run while the next layer computes."""
-        self.courier.retire(keep_in_flight=2 if self.base_apart else 1)  # parcels of one layer
+    def _retire(self, *, everything: bool = False) -> None:
+        """Let go of the sources of all layers but the newest, whose copies run while the next layer computes."""
+        parcels_of_a_layer = 2 if self.base_apart else 1
+        self.courier.retire(keep_in_flight=0 if everything else parcels_of_a_layer)
         if self.expert_courier is not None:
-            self.expert_courier.retire()
+            self.expert_courier.retire(keep_in_flight=0 if everything else 1)
 
     def end_step(self) -> None:
         """A training step is over: give back the last staging buffers, and start the order of backward passes anew."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class BackwardOrder:
     """Learns the order of the backward passes of a rank's segments.
 
-    A segment is known by the number of its first layer: the same for all microbatches of a chunk.
+    A segment is known by its first layer: the same for all microbatches of a chunk.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class BackwardOrder:
 
     def on_forward(self, run: LayerRun, previous: LayerRun | None) -> None:
         """A layer's forward is over; `previous` is the one before it in the same segment."""
-        chunk = run.layer.number if previous is None else self._chunk_of[previous]
+        chunk = id(run.layer) if previous is None else self._chunk_of[previous]
         self._chunk_of[run] = chunk
         line = self._open[chunk]
         if previous is not None and line and line[-1]() is previous:

@@ -170,12 +170,14 @@ class LayerRun:
         """Tell every handle where its tensor will come from."""
         entries: dict[int, Entry] = {}
         for handle, (target, geometry) in zip(handles, recipe.targets, strict=True):
-            if target >= 0:
-                entry = entries.get(target)
-                if entry is None:
-                    entry = entries[target] = Entry(self)
-                    self.entries[target] = weakref.ref(entry)
-                handle.send_away(entry, geometry)
+            if target < 0:
+                handle.keep()
+                continue
+            entry = entries.get(target)
+            if entry is None:
+                entry = entries[target] = Entry(self)
+                self.entries[target] = weakref.ref(entry)
+            handle.send_away(entry, geometry)
         if recipe.kept_nbytes < 0:
             storages = {
                 storage.data_ptr(): storage.nbytes()

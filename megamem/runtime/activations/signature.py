@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,21 +89,18 @@ class Signature:
     anchors: dict[str, AnchorSpec] = field(default_factory=dict)
     attention: TokenAxis | None = None
     whole_only: str | None = None  # why a part of the tokens cannot be replayed
+    recipes: dict[tuple[str, bool, bool], Any] = field(default_factory=dict)  # what was made of it, by situation
     too_short: bool = False  # so few tokens that a part of them tells nothing of the rest
 
     def matches(self, handles: list[Handle]) -> bool:
         """Whether a later forward saved the same tensors in the same order, aliased in the same way."""
         if len(handles) != len(self.packs):
             return False
-        for handle, spec in zip(handles, self.packs, strict=True):
-            tensor = handle.tensor
-            assert tensor is not None
+        tensors: list[Any] = [handle.tensor for handle in handles]
+        for tensor, spec in zip(tensors, self.packs, strict=True):
             if tensor.shape != spec.shape or tensor.stride() != spec.strides or tensor.dtype is not spec.dtype:
                 return False
-        return all(
-            handles[one].tensor.data_ptr() == handles[other].tensor.data_ptr()  # type: ignore[union-attr]
-            for one, other in self.aliases
-        )
+        return all(tensors[one].data_ptr() == tensors[other].data_ptr() for one, other in self.aliases)
 
 
 def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signature, dict[int, Region]]:
