@@ -154,7 +154,8 @@ class _Cargo:
     """What a parcel refers to. Apart from the parcel, so that it outlives a lost one."""
 
     __slots__ = (
-        "buffers", "fetched", "is_open", "is_queued", "manifest", "nbytes", "on_retire", "slot", "sources", "stored",
+        "buffers", "fetched", "is_open", "is_queued", "is_taken",
+        "manifest", "nbytes", "on_retire", "slot", "sources", "stored",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest, sources: list[Tensor], slot: Slot, stored: AbstractEvent) -> None:
@@ -168,6 +169,7 @@ class _Cargo:
         self.on_retire: Callable[[], None] | None = None
         self.is_open = True
         self.is_queued = True
+        self.is_taken = False
 
     def settle(self) -> None:
         """Run `on_retire`, once."""
@@ -268,7 +270,7 @@ class Courier:
             self.device.compute.wait(event)
             cargo.is_queued = False
             cargo.sources = None
-            if cargo.buffers is None:  # else: forwarded and not yet taken, so still held
+            if cargo.buffers is None and not cargo.is_taken:  # else: forwarded: to be taken, or no longer ours
                 self.ledger.stage(-cargo.nbytes)
             try:
                 cargo.settle()
@@ -313,8 +315,8 @@ class Courier:
         cargo.is_open = False
         cargo.buffers = None
         self.ledger.num_live -= 1
-        if not cargo.is_queued:
-            self.ledger.stage(-cargo.nbytes)
+        cargo.is_taken = True
+        self.ledger.stage(-cargo.nbytes)  # whoever took it holds it now, also while a copy still reads it
         return [layout.restore(buffer) for layout, buffer in zip(cargo.manifest.layouts, buffers, strict=True)]
 
     def drop(self, parcel: Parcel) -> None:
