@@ -62,9 +62,9 @@ make_environment() {
         return 1
     fi
     PYTHON=${PYTHON:-$(find_python)}
-    if [ -z "$PYTHON" ] || ! is_python "$PYTHON"; then
-        echo "megamem needs Python 3.11 or later, and ${PYTHON:-none of python3, python3.13, python3.12, python3.11} is" \
-            "one; set PYTHON to such an interpreter" >&2
+    if ! is_python "${PYTHON:-none}"; then
+        echo "megamem needs Python 3.11 or later; ${PYTHON:-each of python3, python3.13, python3.12, python3.11}" \
+            "is missing or older; set PYTHON to such an interpreter" >&2
         return 1
     fi
     say "creating $VENV with $("$PYTHON" --version)"
