@@ -317,6 +317,7 @@ class _Maker:
 
 def _name(piece: PiecePlan, recipe: Recipe) -> str:
     """What a user would call the piece."""
-    if piece.kind == "entry":
-        return f"what {recipe.entries[piece.index].name} saved"
-    return f"the output of {recipe.anchors[piece.index].path}" if piece.kind == "anchor" else piece.kind
+    if piece.kind == "anchor":
+        return f"the output of {recipe.anchors[piece.index].path}"
+    name = recipe.entries[piece.index].name if piece.kind == "entry" else piece.kind
+    return name.replace("_", " ") if name in BASE else f"a tensor that {name} saved"

@@ -81,6 +81,7 @@ class LayerRun:
         self.expert_entries: list[weakref.ref[Entry]] = []
         self.parcels: list[tuple[Parcel, Load]] = []
         self.expert_parcel: Parcel | None = None
+        self.check_base: Callable[[], None] | None = None
         self.resident: list[tuple[Tensor, PiecePlan]] = []  # slices that lie in device memory
         self.base: dict[str, Tensor] = {}  # layer input [s, b, h] and attention output, while in device memory
         self.base_geometries: dict[str, Geometry] = {}  # how they lie on their compact memory
@@ -160,8 +161,8 @@ class LayerRun:
             for tensor, version, name in zip(tensors, versions, names, strict=True):
                 if tensor._version != version:
                     raise ActivationError(
-                        f"{name} of layer {number} ({tensor.numel()} elements) was changed in place while it was being "
-                        "swapped out; clone it before the in-place operation"
+                        f"layer {number}: {name} ({tensor.numel()} elements) was changed in place although its backward "
+                        "pass needs it; clone it before the in-place operation"
                     )
 
         return check
@@ -194,6 +195,7 @@ class LayerRun:
             self.base["layer_input"] = hidden.detach()
         if recipe.attention_tier == "hbm" and attention is not None:
             self.base["attention_output"] = attention.detach()
+        self.check_base = self.version_check(list(self.base.values()), [name.replace("_", " ") for name in self.base])
         for name, tensor in (("layer_input", hidden), ("attention_output", attention)):
             if tensor is not None and (region := region_of(tensor)) is not None:
                 self.base_geometries[name] = Geometry.of(tensor, region)
@@ -249,7 +251,7 @@ class LayerRun:
             if (entry := known()) is not None:
                 entry.run = None
         self.entries, self.expert_entries, self.anchors, self.base = {}, [], {}, {}
-        self.args, self.kwargs, self.random_states, self.previous = (), {}, [], None
+        self.args, self.kwargs, self.random_states, self.previous, self.check_base = (), {}, [], None, None
 
     def _take(self, *, base_only: bool) -> None:
         left = []
@@ -353,6 +355,8 @@ class LayerRun:
 
     def _answers(self, start: int, stop: int, anchors: tuple[AnchorPlan, ...]) -> dict[str, Any]:
         """What the parts that are not called return for the tokens [start, stop)."""
+        if self.check_base is not None:  # the base is read here, and may not be among what autograd saved and we check
+            self.check_base()
         answers = {}
         assert self.signature is not None
         if self.layer.attention is not None:
