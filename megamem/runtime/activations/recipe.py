@@ -316,8 +316,8 @@ class _Maker:
 
 
 def _name(piece: PiecePlan, recipe: Recipe) -> str:
-    """What a user would call the piece."""
+    """What a user would call the piece: as in the options, or by the module."""
     if piece.kind == "anchor":
         return f"the output of {recipe.anchors[piece.index].path}"
     name = recipe.entries[piece.index].name if piece.kind == "entry" else piece.kind
-    return name.replace("_", " ") if name in BASE else f"a tensor that {name} saved"
+    return name if name in BASE else f"a tensor that {name} saved"

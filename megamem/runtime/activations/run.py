@@ -161,8 +161,8 @@ class LayerRun:
             for tensor, version, name in zip(tensors, versions, names, strict=True):
                 if tensor._version != version:
                     raise ActivationError(
-                        f"layer {number}: {name} ({tensor.numel()} elements) was changed in place although its backward "
-                        "pass needs it; clone it before the in-place operation"
+                        f"layer {number}: {name} ({tensor.numel()} elements) was changed in place, and the backward pass "
+                        "needs it; clone it before the in-place operation"
                     )
 
         return check
@@ -195,7 +195,7 @@ class LayerRun:
             self.base["layer_input"] = hidden.detach()
         if recipe.attention_tier == "hbm" and attention is not None:
             self.base["attention_output"] = attention.detach()
-        self.check_base = self.version_check(list(self.base.values()), [name.replace("_", " ") for name in self.base])
+        self.check_base = self.version_check(list(self.base.values()), list(self.base))
         for name, tensor in (("layer_input", hidden), ("attention_output", attention)):
             if tensor is not None and (region := region_of(tensor)) is not None:
                 self.base_geometries[name] = Geometry.of(tensor, region)
