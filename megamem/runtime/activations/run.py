@@ -161,8 +161,8 @@ class LayerRun:
             for tensor, version, name in zip(tensors, versions, names, strict=True):
                 if tensor._version != version:
                     raise ActivationError(
-                        f"layer {number}: {name} ({tensor.numel()} elements) was changed in place, and the backward pass "
-                        "needs it; clone it before the in-place operation"
+                        f"layer {number}: {name} ({tensor.numel()} elements) was changed in place, and its backward "
+                        "pass needs it; clone it before the in-place operation"
                     )
 
         return check
