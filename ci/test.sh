@@ -37,6 +37,8 @@ finish() {
     fi
 }
 trap finish EXIT
+trap 'exit 130' INT # or bash would run the line above with the status of whatever came before
+trap 'exit 143' TERM
 FAILED=
 
 make_environment
