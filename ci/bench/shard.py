@@ -21,6 +21,8 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from megamem.integrations import compat
+
 
 def _gather(shard: Tensor, shards: int) -> Tensor:
     return shard.repeat(shards, *[1] * (shard.dim() - 1))
@@ -93,7 +95,7 @@ def as_shard(spec: Any, shards: int) -> Any:
     column = type("ShardColumnLinear", (ShardColumnLinear,), {"shards": shards})
     row = type("ShardRowLinear", (ShardRowLinear,), {"shards": shards})
     spec = copy.deepcopy(spec)
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = map(compat.submodules, (spec.submodules.self_attention, spec.submodules.mlp))
     attention.linear_qkv, attention.linear_proj = column, row
     mlp.linear_fc1, mlp.linear_fc2 = column, row
     return spec

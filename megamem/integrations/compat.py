@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ def is_moe_layer(layer: Any) -> bool:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     return isinstance(getattr(layer, "mlp", None), MoELayer)
+
+
+def submodules(spec: Any) -> Any:
+    """What a module is built of, from its spec. Since 0.18 that of an MLP is a `functools.partial` of its builder."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 def nvtx_messages() -> list[str]:
