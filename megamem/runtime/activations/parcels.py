@@ -139,7 +139,7 @@ class Manifest:
         pieces: list[Tensor] = [slot.memory] * len(self.layouts)
         start = 0
         for dtype, stop, positions, lengths in self._groups:
-            typed = slot.memory[start:stop].view(dtype).split_with_sizes(lengths)  # type: ignore[no-untyped-call]
+            typed = slot.memory[start:stop].view(dtype).split_with_sizes(lengths)
             for position, piece in zip(positions, typed[::2], strict=True):
                 pieces[position] = piece
             start = stop
