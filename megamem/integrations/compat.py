@@ -43,6 +43,21 @@ def submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
+def modules_losing_gradients(config: Any) -> list[str]:
+    """The `recompute_modules` whose input gets no gradient where any saved-tensor hooks are at work; none since 0.16.
+
+    Megatron discards the output of these modules. Until 0.15 the backward pass then looked for the gradient on what
+    `ctx.saved_tensors` returns, which under hooks is another tensor at each call: the gradient is lost without a word.
+    """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutputFunction
+
+    if config.recompute_granularity != "selective":
+        return []
+    if "saved_tensors" not in CheckpointWithoutOutputFunction.backward.__code__.co_names:
+        return []
+    return sorted({"layernorm", "mla_up_proj", "moe_act"} & set(config.recompute_modules or ()))
+
+
 def nvtx_messages() -> list[str]:
     """Megatron's stack of open NVTX ranges, which an interrupted call leaves unbalanced; empty where there is none."""
     from megatron.core import utils

@@ -269,6 +269,11 @@ def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
             "recompute_granularity full runs every layer twice, attention included; use selective, or none "
             "(policy recompute needs as little memory and does not run attention again)"
         )
+    if losing := compat.modules_losing_gradients(model):
+        problems.append(
+            f"recompute_modules {', '.join(losing)} lose gradients under saved-tensor hooks in this Megatron-Core; "
+            "use 0.16 or later, or leave them out"
+        )
     if getattr(model, "overlap_moe_expert_parallel_comm", False):
         problems.append("overlap_moe_expert_parallel_comm runs the parts of a layer on its own schedule; switch it off")
     dropout = max(layer.hidden_dropout, model.attention_dropout)

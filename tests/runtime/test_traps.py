@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
@@ -250,6 +252,10 @@ def _case_again() -> Any:
 def test_storage_that_megatron_emptied_is_left_to_megatron(dist: Dist) -> None:
     from megamem.testing.dist import RankError
 
+    if Version(version("megatron-core")) < Version("0.16"):  # there it loses gradients under any saved-tensor hooks
+        with pytest.raises(RankError, match="recompute_modules layernorm lose gradients"):
+            dist(1)(emptied_storage, True)
+        return
     assert dist(1)(emptied_storage, True) == [{"upstream": [], "swap": [], "recompute": [], "base": []}]
     with pytest.raises(RankError):  # memory that is not there is read: a segmentation fault, an error or nonsense
         dist(1)(emptied_storage, False)
