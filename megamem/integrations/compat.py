@@ -49,10 +49,10 @@ def modules_losing_gradients(config: Any) -> list[str]:
     Megatron discards the output of these modules. Until 0.15 the backward pass then looked for the gradient on what
     `ctx.saved_tensors` returns, which under hooks is another tensor at each call: the gradient is lost without a word.
     """
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutputFunction
-
     if config.recompute_granularity != "selective":
         return []
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutputFunction
+
     if "saved_tensors" not in CheckpointWithoutOutputFunction.backward.__code__.co_names:
         return []
     return sorted({"layernorm", "mla_up_proj", "moe_act"} & set(config.recompute_modules or ()))
