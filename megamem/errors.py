@@ -5,6 +5,9 @@
      |- PatchError         a patch cannot be applied or undone safely
      |- UnsupportedError   this model or Megatron setting does not work with the capability
      |- MissingPackage     an optional package that the asked-for feature needs is absent   (also an ImportError)
+     |- ScheduleError      a pipeline schedule is malformed, incomplete, or would deadlock   (also a ValueError)
+     |   `- InfeasibleError    no schedule of this kind meets the request; says the nearest one that can be met
+     |- PipelineError      a rank failed while it ran a schedule; says which, and in which action
      |- NotLiveError       a capability is switched on but did nothing in the first step
      `- ActivationError    a saved activation was used in a way that would give wrong gradients
 
@@ -37,6 +40,18 @@ class UnsupportedError(MegamemError, RuntimeError):
 
 class MissingPackage(MegamemError, ImportError):  # noqa: N818 - named after what it says
     """An optional package is needed by the feature that was asked for; the message says how to install it."""
+
+
+class ScheduleError(MegamemError, ValueError):
+    """A pipeline schedule is malformed, incomplete, or cannot run to its end."""
+
+
+class InfeasibleError(ScheduleError):
+    """The request cannot be met; the message holds the arithmetic and the nearest setting that can be."""
+
+
+class PipelineError(MegamemError, RuntimeError):
+    """A pipeline rank failed during a step; the message names the rank and the action."""
 
 
 class NotLiveError(MegamemError, RuntimeError):
