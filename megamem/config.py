@@ -1,11 +1,14 @@
 """What the user asks for: the `megamem:` block of a YAML file, valid once it exists.
 
-Each option is declared once, here, in the section that owns it (`Activations`). From these declarations derive the
-YAML loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON Schema, so none of them can
-forget an option. A capability that does not exist yet has no section: what cannot be done cannot be asked for.
+Each option is declared once, here, in the section that owns it (`Activations`, `Scheduling`). From these declarations
+derive the YAML loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON Schema, so none
+of them can forget an option. A capability that does not exist yet has no section: what cannot be done cannot be asked
+for.
 
 Everything wrong with a configuration is reported at once, in one `ConfigError`. Nothing is ignored: a setting which
 has no effect under the chosen policy is a contradiction, because someone wrote it and believes in it.
+
+The first option of a section is its *key*: it switches the section on, and decides which of the others are read.
 """
 
 from __future__ import annotations
@@ -18,7 +21,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from megamem.errors import ConfigError
 from megamem.ir.activation import TENSORS
-from megamem.options import Bytes, Choice, Count, Option, Share, Switch, option, options_of, parse_values, suggestion
+from megamem.options import (
+    Auto,
+    Bytes,
+    Choice,
+    Count,
+    File,
+    Limit,
+    Option,
+    Share,
+    Switch,
+    option,
+    options_of,
+    parse_values,
+    suggestion,
+)
 from megamem.table import Table, TableRow
 from megamem.yamlfile import read_block
 
@@ -28,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Activations",
     "Config",
+    "Scheduling",
     "TableRow",
     "add_arguments",
     "config_from_args",
@@ -36,17 +54,95 @@ __all__ = [
     "options_table",
 ]
 
-# Options that only some policies read. `off` reads none of them.
-_SWAPPING = ("memo", "ordered")
-_POLICIES: Mapping[str, tuple[str, ...]] = {"swap_fraction": _SWAPPING, "keep_last_layers": _SWAPPING}
-_ACTIVE = ("recompute", *_SWAPPING)
+
+class Section:
+    """What every section of the configuration has. Sections are dataclasses whose fields are all options.
+
+    KEY:      the first option; `off` switches the section off
+    READERS:  for options that only some values of the key read, these values; `off` reads none
+    """
+
+    NAME: ClassVar[str]
+    KEY: ClassVar[str]
+    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    HARMLESS: ClassVar[frozenset[tuple[str, str, object]]] = (
+        frozenset()
+    )  # (key, option, value) that say what is so anyway
+
+    def __post_init__(self) -> None:
+        """Check every field of a section made in Python by the parser that reads files."""
+        items = options_of(type(self))
+        values, problems = parse_values(items, {item.name: getattr(self, item.name) for item in items}, self.NAME)
+        changed = [item.name for item in items if values.get(item.name, item.default) != item.default]
+        problems += self.contradictions(values, changed)
+        if problems:
+            raise ConfigError(problems)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def key(self) -> str:
+        """The value of the option that decides which others are read."""
+        return str(getattr(self, self.KEY))
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this capability does anything."""
+        return self.key != "off"
+
+    def given(self) -> dict[str, object]:
+        """The options that differ from their defaults, as plain values."""
+        return {
+            item.name: item.kind.plain(getattr(self, item.name))
+            for item in options_of(type(self))
+            if getattr(self, item.name) != item.default
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """Every option that the key's value reads, as plain values; the others would be contradictions in a file."""
+        return {
+            item.name: item.kind.plain(getattr(self, item.name))
+            for item in options_of(type(self))
+            if self.reads(item.name, self.key)
+        }
+
+    @classmethod
+    def readers(cls, name: str) -> tuple[str, ...]:
+        """The values of the key under which the option `name` has an effect."""
+        key = options_of(cls)[0].kind
+        assert isinstance(key, Choice)
+        return cls.READERS.get(name, tuple(word for word in key.words if word != "off"))
+
+    @classmethod
+    def reads(cls, name: str, key: str) -> bool:
+        """Whether the option `name` has an effect when the section's key is `key`."""
+        return name == cls.KEY or (key != "off" and key in cls.readers(name))
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
+        """What does not go together among the `given` options; `values` holds those that are valid by themselves."""
+        key = values.get(cls.KEY)
+        if key is None:  # its own problem is reported already
+            return []
+        return [
+            f"{cls.NAME}.{name}: has no effect with {cls.KEY} {key!r}; "
+            f"set {cls.NAME}.{cls.KEY} to one of {', '.join(cls.readers(name))}, or remove {name}"
+            for name in given
+            if not cls.reads(name, key) and (key, name, values[name]) not in cls.HARMLESS
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activations:
+class Activations(Section):
     """Token-wise swap and recompute of what transformer layers save for their backward pass."""
 
     NAME: ClassVar[str] = "activations"
+    KEY: ClassVar[str] = "policy"
+    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "swap_fraction": ("memo", "ordered"),
+        "keep_last_layers": ("memo", "ordered"),
+    }
+    HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = (("recompute", "keep_last_layers", 0),)
 
     policy: Literal["off", "recompute", "memo", "ordered"] = option(
         Choice(("off", "recompute", "memo", "ordered")),
@@ -95,45 +191,77 @@ class Activations:
         "In the first step compare every layer's replay with what was really saved, and stop if they differ.",
     )
 
-    def __post_init__(self) -> None:
-        _normalise(self)
 
-    @property
-    def is_on(self) -> bool:
-        """Whether this capability does anything."""
-        return self.policy != "off"
+SCHEDULES = (
+    *("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "gis", "gis-h"),
+    *("zb-v", "v-half", "v-min", "v-adaptive", "1f1b-v", "dualpipe-v"),
+)
+"""The pipeline schedules that a training job can ask for by name; `megamem simulate` knows more."""
 
-    def given(self) -> dict[str, object]:
-        """The options that differ from their defaults, as plain values."""
-        return {
-            item.name: item.kind.plain(getattr(self, item.name))
-            for item in options_of(type(self))
-            if getattr(self, item.name) != item.default
-        }
+_ON_TEXT = (*SCHEDULES, "auto", "file")
 
-    def to_dict(self) -> dict[str, object]:
-        """Every option that the policy reads, as plain values; the others would be contradictions in a file."""
-        return {
-            item.name: item.kind.plain(getattr(self, item.name))
-            for item in options_of(type(self))
-            if _is_read(item.name, self.policy)
-        }
 
-    @staticmethod
-    def contradictions(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
-        """What does not go together among the `given` options; `values` holds those that are valid by themselves."""
-        policy = values.get("policy")
-        if policy is None:  # its own problem is reported already
-            return []
-        problems = []
-        for name in given:
-            if _is_read(name, policy) or (name == "keep_last_layers" and policy == "recompute" and values[name] == 0):
-                continue
-            readers = ", ".join(_POLICIES.get(name, _ACTIVE))
-            problems.append(
-                f"activations.{name}: has no effect with policy {policy!r}; "
-                f"set activations.policy to one of {readers}, or remove {name}"
-            )
+@dataclass(frozen=True, kw_only=True)
+class Scheduling(Section):
+    """Pipeline schedules with controllable memory, in place of Megatron's own."""
+
+    NAME: ClassVar[str] = "schedule"
+    KEY: ClassVar[str] = "name"
+    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "group": ("interleaved", "gis"),
+        "chunks": (*SCHEDULES, "auto"),
+        "file": ("file",),
+    }
+
+    name: str = option(
+        Choice(("off", *_ON_TEXT)),
+        "off",
+        "1f1b and interleaved: Megatron's own orders. zb-h1, zb-h2, zb-1p, zb-2p: input and weight gradients apart, "
+        "less bubble at equal or more memory (arXiv 2401.10241). gis, gis-h: the same on Megatron's interleaved layer "
+        "placement, at the memory of 1F1B and at little more than half of it (2503.01328). zb-v, v-half, v-min, "
+        "v-adaptive, 1f1b-v, dualpipe-v: V placement, two chunks per rank (2405.15362). auto: the fastest that "
+        "megamem can find within memory_limit. file: an order of your own.",
+    )
+    chunks: int | Literal["auto"] = option(
+        Auto(Count(least=1)),
+        "auto",
+        "Model chunks per pipeline rank, Megatron's virtual pipeline size. auto: as many as the model has, or else the "
+        "fewest that the schedule works with.",
+    )
+    group: int | Literal["auto"] = option(
+        Auto(Count(least=1)),
+        "auto",
+        "Microbatches that go through a chunk before the next chunk's turn. Fewer need less memory: half the pipeline "
+        "ranks, rounded up, is the least for gis. auto: as many as there are pipeline ranks.",
+    )
+    memory_limit: float | int | Literal["auto"] = option(
+        Limit(),
+        "auto",
+        "Activation memory that no pipeline rank may exceed: in bytes, with a unit, where costs are given in bytes; "
+        "else a number, in activations of one microbatch on one rank (1F1B needs as many as there are ranks). "
+        "auto: no limit for auto, the published limit for zb-1p, zb-2p and zb-v.",
+    )
+    costs: str | Literal["none"] = option(
+        File(),
+        "none",
+        "Times and bytes of the stages or layers, as `megamem profile` writes them. none: equal stages, F = B = W.",
+    )
+    file: str | Literal["none"] = option(
+        File(), "none", "With name: file, the schedule in its text form (see `megamem simulate --text`)."
+    )
+    trace: str | Literal["none"] = option(
+        File(),
+        "none",
+        "Write the measured times of the last step's actions, beside the predicted ones, as a Chrome trace that "
+        "ui.perfetto.dev opens.",
+    )
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
+        """As for every section; and `name: file` needs the file."""
+        problems = super().contradictions(values, given)
+        if values.get("name") == "file" and values.get("file", "none") == "none":
+            problems.append("schedule.file: name is file, and there is none; give the path of a schedule's text form")
         return problems
 
 
@@ -142,6 +270,7 @@ class Config:
     """The whole configuration: one section per capability, each off unless asked for."""
 
     activations: Activations = field(default_factory=Activations)
+    schedule: Scheduling = field(default_factory=Scheduling)
 
     @property
     def enabled(self) -> tuple[str, ...]:
@@ -176,12 +305,12 @@ def load_config(
     for name, section in _sections().items():
         given = raw.get(name, {})
         values[name], found = parse_values(options_of(section), given, name)
-        failed = {key for key in given if key not in values[name]}
-        policy = {} if "policy" in failed else {"policy": options_of(section)[0].default}
-        problems += found + section.contradictions(policy | values[name], values[name])
+        key = {} if section.KEY in given else {section.KEY: options_of(section)[0].default}
+        problems += found + section.contradictions(key | values[name], values[name])
     if problems:
         raise ConfigError(problems)
-    return Config(**{name: section(**values[name]) for name, section in _sections().items()})
+    made: dict[str, Any] = {name: section(**values[name]) for name, section in _sections().items()}
+    return Config(**made)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -247,7 +376,7 @@ def options_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def _sections() -> dict[str, type[Activations]]:
+def _sections() -> dict[str, type[Section]]:
     """The section classes by name, in the order of the fields of `Config`."""
     hints = get_type_hints(Config)
     return {item.name: hints[item.name] for item in dataclasses.fields(Config)}
@@ -255,23 +384,6 @@ def _sections() -> dict[str, type[Activations]]:
 
 def _dest(section: str, item: Option) -> str:
     return f"megamem_{section}_{item.name}"
-
-
-def _is_read(name: str, policy: str) -> bool:
-    """Whether the policy looks at this option."""
-    return name == "policy" or (policy != "off" and policy in _POLICIES.get(name, _ACTIVE))
-
-
-def _normalise(section: Activations) -> None:
-    """Check every field of a section made in Python by the parser that reads files."""
-    raw = {item.name: getattr(section, item.name) for item in options_of(type(section))}
-    values, problems = parse_values(options_of(type(section)), raw, section.NAME)
-    changed = [item.name for item in options_of(type(section)) if values.get(item.name, item.default) != item.default]
-    problems += section.contradictions(values, changed)
-    if problems:
-        raise ConfigError(problems)
-    for name, value in values.items():
-        object.__setattr__(section, name, value)
 
 
 def _block_of(source: str | Path | Mapping[str, object] | Config | None) -> Mapping[str, object]:
@@ -301,7 +413,9 @@ def _sections_given(block: Mapping[str, object], problems: list[str]) -> dict[st
         elif content is None or content == "":
             raw[name] = {}
         elif not isinstance(content, Mapping):
-            problems.append(f"{name}: {content!r} is no mapping of options; write {name}: {{policy: ...}}")
+            problems.append(
+                f"{name}: {content!r} is no mapping of options; write {name}: {{{sections[name].KEY}: ...}}"
+            )
         else:
             raw[name] = {str(key): value for key, value in content.items()}
     return raw
@@ -318,4 +432,4 @@ def _override(raw: dict[str, dict[str, object]], overrides: Mapping[str, str], p
     for name in sections:
         mine = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
         if mine:
-            raw[name] = {**({} if mine.get("policy") == "off" else raw.get(name, {})), **mine}
+            raw[name] = {**({} if mine.get(sections[name].KEY) == "off" else raw.get(name, {})), **mine}

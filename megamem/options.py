@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,79 @@ class Bytes:
 
     def schema(self) -> dict[str, object]:
         return {"type": "string", "pattern": r"^(auto|[0-9]+(\.[0-9]+)? ?(" + "|".join(_UNITS) + "))$"}
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Another kind of value, or `auto`."""
+
+    kind: Kind
+
+    @property
+    def metavar(self) -> str:
+        return f"{self.kind.metavar}|auto"
+
+    def parse(self, raw: object) -> Any:
+        if raw == "auto":
+            return "auto"
+        try:
+            return self.kind.parse(raw)
+        except Invalid as invalid:
+            raise Invalid(*((place, f"{reason}, or auto") for place, reason in invalid.reasons)) from None
+
+    def plain(self, value: Any) -> object:
+        return value if value == "auto" else self.kind.plain(value)
+
+    def schema(self) -> dict[str, object]:
+        return {"anyOf": [self.kind.schema(), {"enum": ["auto"]}]}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit of memory: a number without a unit (a float), an amount with its unit (an int, bytes), or `auto`."""
+
+    metavar = "4.5|40GiB|auto"
+
+    def parse(self, raw: object) -> float | int | str:
+        if isinstance(raw, str) and re.search(r"[A-Za-z]", raw) and not re.fullmatch(r"[0-9.]+[eE][+-]?[0-9]+", raw):
+            return Bytes().parse(raw.strip())
+        if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
+            raise Invalid(
+                f"{raw!r} is no limit; give a number of microbatch activations, an amount such as 40GiB, or auto"
+            )
+        if isinstance(raw, int):
+            return Bytes().parse(raw) if raw >= _SMALLEST else float(raw)
+        try:
+            value = float(raw)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise Invalid(f"{raw!r} is no limit; give a number above 0, an amount with its unit such as 40GiB, or auto")
+        return value
+
+    def plain(self, value: float | int | str) -> object:
+        return value if isinstance(value, float) else Bytes().plain(value)
+
+    def schema(self) -> dict[str, object]:
+        return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, Bytes().schema()]}
+
+
+@dataclass(frozen=True)
+class File:
+    """The path of a file, or `none`. It is opened when it is needed."""
+
+    metavar = "FILE|none"
+
+    def parse(self, raw: object) -> str:
+        if not isinstance(raw, (str, os.PathLike)) or not os.fspath(raw):
+            raise Invalid(f"{raw!r} is no path; give one, or none")
+        return os.fspath(raw)
+
+    def plain(self, value: str) -> str:
+        return value
+
+    def schema(self) -> dict[str, object]:
+        return {"type": "string", "minLength": 1}
 
 
 def _unit_list() -> str:

@@ -10,6 +10,7 @@ import pytest
 from megamem.config import (
     Activations,
     Config,
+    Scheduling,
     TableRow,
     add_arguments,
     config_from_args,
@@ -134,7 +135,7 @@ megamem:
       - fc1
 """
     assert problems_of(text, tmp_path) == (
-        "shedule: unknown section; valid: activations",
+        "shedule: unknown section; did you mean 'schedule'?",
         "policy: unknown section; did you mean 'activations.policy'?",
         "activations.policy: 'memmo' is unknown; did you mean 'memo'?",
         "activations.swap_fractoin: unknown key; did you mean 'swap_fraction'?",
@@ -216,6 +217,41 @@ def test_a_setting_without_effect_is_a_contradiction(policy: str, name: str, val
         Activations(policy=policy, **{name: value})  # type: ignore[arg-type]
 
 
+def test_a_schedule_is_asked_for_by_name() -> None:
+    config = parse("--megamem-schedule-name", "gis", "--megamem-schedule-group", "2")
+    assert config.enabled == ("schedule",)
+    assert config.schedule == Scheduling(name="gis", group=2)
+    assert load_config(config.to_dict()) == config
+    assert config.to_dict()["activations"] == {"policy": "off"}
+    with pytest.raises(ConfigError, match=r"schedule.name: 'gish' is unknown; did you mean 'gis-h'"):
+        load_config({"schedule": {"name": "gish"}})
+    with pytest.raises(ConfigError, match=r"schedule.group: has no effect with name 'zb-v'; .* interleaved, gis"):
+        load_config({"schedule": {"name": "zb-v", "group": 2}})
+    with pytest.raises(ConfigError, match=r"schedule.group: 0 is out of range; .* at least 1, or auto"):
+        load_config({"schedule": {"name": "gis", "group": "0"}})
+    with pytest.raises(ConfigError, match=r"schedule.file: name is file, and there is none"):
+        Scheduling(name="file")
+    with pytest.raises(ConfigError, match=r"schedule.trace: has no effect with name 'off'"):
+        load_config({"schedule": {"trace": "trace.json"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4.5", 4.5), (4, 4.0), ("40GiB", 40 << 30), (40 << 30, 40 << 30), ("auto", "auto"), ("1e1", 10.0)],
+)
+def test_a_memory_limit_has_a_unit_or_counts_microbatches(text: object, value: object) -> None:
+    config = load_config({"schedule": {"name": "auto", "memory_limit": text}})
+    assert config.schedule.memory_limit == value
+    assert type(config.schedule.memory_limit) is type(value)
+    assert load_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "40GB", "lots", True, [4]])
+def test_what_is_no_memory_limit_is_refused(text: object) -> None:
+    with pytest.raises(ConfigError, match=r"schedule.memory_limit: .*(give|did you mean)"):
+        load_config({"schedule": {"name": "auto", "memory_limit": text}})
+
+
 def test_a_setting_without_effect_is_refused_even_at_its_default() -> None:
     with pytest.raises(ConfigError, match="or remove swap_fraction"):
         load_config({"activations": {"policy": "recompute", "swap_fraction": 1.0}})
@@ -277,15 +313,17 @@ def test_rows_name_layers_of_the_whole_model() -> None:
 def test_every_option_is_in_every_description() -> None:
     parser = add_arguments(argparse.ArgumentParser(prog="train"))
     help_text, table = " ".join(parser.format_help().split()), options_table()
-    block = json_schema()["properties"]["megamem"]["properties"]["activations"]["properties"]  # type: ignore[index]
+    blocks = json_schema()["properties"]["megamem"]["properties"]  # type: ignore[index]
     assert json.loads(json.dumps(json_schema())) == json_schema()
-    for item in options_of(Activations):
-        assert item.flag("activations") in help_text
-        assert " ".join(item.help.split())[:40] in help_text
-        assert f"| `activations.{item.name}` |" in table
-        assert block[item.name]["description"] == item.help
-        assert item.kind.parse(item.kind.plain(item.default)) == item.default
-    assert set(block) == {item.name for item in dataclasses.fields(Activations)}
+    for section in (Activations, Scheduling):
+        block = blocks[section.NAME]["properties"]
+        for item in options_of(section):
+            assert item.flag(section.NAME) in help_text
+            assert " ".join(item.help.split())[:40] in help_text
+            assert f"| `{section.NAME}.{item.name}` |" in table
+            assert block[item.name]["description"] == item.help
+            assert item.kind.parse(item.kind.plain(item.default)) == item.default
+        assert set(block) == {item.name for item in dataclasses.fields(section)}
     assert all(line.replace("\\|", "").count("|") == 5 for line in table.splitlines())
 
 
@@ -300,7 +338,7 @@ def test_per_cent_signs_survive_argparse() -> None:
 def test_argument_names_follow_megatrons_style() -> None:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help", "--megamem"}
-    assert all(flag.startswith("--megamem-activations-") and "_" not in flag for flag in flags)
+    assert all(flag.startswith(("--megamem-activations-", "--megamem-schedule-")) and "_" not in flag for flag in flags)
     assert parser.parse_args([]).megamem_activations_swap_fraction is None
 
 
