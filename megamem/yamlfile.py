@@ -37,6 +37,19 @@ def read_block(path: Path) -> dict[str, Plain]:
     raise ConfigError(f"{path}, line {blocks[0].start_mark.line + 1}: megamem: holds {block!r}, no mapping of sections")
 
 
+def read_mapping(path: Path) -> dict[str, Plain]:
+    """The content of a YAML or JSON file that is a mapping, every scalar as text. Raises ConfigError."""
+    root = _compose(path)
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: must be a mapping of keys to values")
+    problems: list[str] = []
+    content = _construct(root, "", problems)
+    if problems:
+        raise ConfigError([f"{path}, {problem}" for problem in problems])
+    assert isinstance(content, dict)
+    return content
+
+
 def read_inline(text: str) -> Plain:
     """YAML on the command line. Raises ValueError with the reason in one line."""
     problems: list[str] = []

@@ -1,0 +1,161 @@
+"""From the `schedule` section of a configuration to a schedule that is known to run.
+
+    plan_schedule(options, num_ranks=4, num_microbatches=16, num_chunks=2)
+
+resolves what is `auto`, reads the files that are named, builds the schedule, and checks it from the definitions. What
+cannot be had is refused here, before any rank has begun to communicate, with the nearest setting that can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamem.config import Scheduling
+from megamem.errors import ConfigError, InfeasibleError, ScheduleError
+from megamem.ir.schedule import SHAPES, Schedule, Shape, parse_schedule
+from megamem.ir.workload import HasCosts, PipelineCosts, Uniform, parse_costs
+from megamem.planner.schedules.checker import check_schedule
+from megamem.planner.schedules.families import FAMILIES, build_schedule
+from megamem.planner.schedules.family import Request
+from megamem.planner.schedules.passes import strip_communication
+from megamem.planner.schedules.simulator import Simulation, simulate
+from megamem.yamlfile import read_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSchedule:
+    """A checked schedule and what it is expected to cost, in the units of the costs that were given."""
+
+    schedule: Schedule
+    costs: PipelineCosts
+    simulation: Simulation
+
+
+def plan_schedule(
+    options: Scheduling,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int | None = None,
+    num_layers: int | None = None,
+    shapes: tuple[Shape, ...] = SHAPES,
+) -> PlannedSchedule:
+    """The schedule that `options` ask for, on `num_ranks` pipeline ranks.
+
+    num_chunks: chunks per rank of the model, where it is built already; None leaves it to the options
+    num_layers: of the model, which chunks divide evenly; None where that is no matter
+    shapes:     the placements that the model can still have
+
+    Raises InfeasibleError where there is no such schedule, ScheduleError where a schedule of the user's own is wrong,
+    ConfigError where a file is not what it should be.
+    """
+    limit = memory_limit(options)
+    request = Request(
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        group=None if options.group == "auto" else options.group,
+        workload=load_workload(options.costs),
+        memory_limit=limit,
+    )
+    if options.name == "file":
+        schedule = _read(options.file, num_ranks, num_microbatches)
+    elif options.name == "auto":
+        schedule = _search(request, _possible_chunks(options, num_ranks, num_chunks, num_layers), shapes)
+    else:
+        chunks = _chosen_chunks(options, num_chunks) or FAMILIES[options.name].default_chunks
+        _check_division(num_layers, num_ranks, chunks)
+        schedule = build_schedule(options.name, request.with_chunks(chunks))
+    if num_chunks is not None and schedule.placement.num_chunks != num_chunks:
+        raise InfeasibleError(
+            f"schedule {schedule.name} has {schedule.placement.num_chunks} chunks per rank, the model {num_chunks}; "
+            f"build the model with virtual_pipeline_model_parallel_size {schedule.placement.num_chunks}"
+        )
+    if schedule.placement.shape not in shapes:
+        raise InfeasibleError(
+            f"schedule {schedule.name} has the placement {schedule.placement.shape}, the model has not"
+        )
+    costs = request.costs(schedule.placement)
+    check_schedule(schedule, costs=costs, memory_limit=limit)
+    return PlannedSchedule(schedule=schedule, costs=costs, simulation=simulate(schedule, costs))
+
+
+def _chosen_chunks(options: Scheduling, built: int | None) -> int | None:
+    """Chunks per rank, where the model or the options settle it."""
+    wanted = None if options.chunks == "auto" else options.chunks
+    if built is not None and wanted not in (None, built):
+        raise InfeasibleError(f"schedule.chunks is {wanted}, and the model has {built} chunks per rank")
+    return wanted if built is None else built
+
+
+def _check_division(num_layers: int | None, num_ranks: int, chunks: int) -> None:
+    stages = num_ranks * chunks
+    if num_layers is not None and num_layers % stages:
+        nearest = max(1, round(num_layers / stages)) * stages
+        raise InfeasibleError(
+            f"{num_layers} layers cannot be divided by {num_ranks} pipeline ranks x {chunks} chunks = {stages} stages; "
+            f"nearest: {nearest} layers"
+        )
+
+
+def _possible_chunks(
+    options: Scheduling, num_ranks: int, built: int | None, num_layers: int | None
+) -> tuple[int, ...] | None:
+    """The numbers of chunks per rank that `auto` may choose from; None where there is no restriction."""
+    chosen = _chosen_chunks(options, built)
+    if chosen is not None:
+        _check_division(num_layers, num_ranks, chosen)
+        return (chosen,)
+    if num_layers is None:
+        return None
+    _check_division(num_layers, num_ranks, 1)
+    return tuple(count for count in range(1, num_layers // num_ranks + 1) if num_layers % (num_ranks * count) == 0)
+
+
+def memory_limit(options: Scheduling) -> float | None:
+    """The limit in the unit of the costs' activations; None for none. Raises ConfigError for bytes without costs."""
+    if options.memory_limit == "auto":
+        return None
+    if isinstance(options.memory_limit, int) and options.costs == "none":
+        raise ConfigError(
+            f"schedule.memory_limit: {options.memory_limit} bytes cannot be compared with activations that are not "
+            "given in bytes; give schedule.costs (megamem profile writes them), or the limit as a number of "
+            "microbatch activations, such as 4"
+        )
+    return float(options.memory_limit)
+
+
+def load_workload(path: str) -> HasCosts:
+    """The costs in a file, or equal stages for `none`. Raises ConfigError that names the file and the entry."""
+    if path == "none":
+        return Uniform()
+    try:
+        return parse_costs(read_mapping(Path(path)))
+    except ScheduleError as fault:
+        raise ConfigError(f"{path}: {fault}") from None
+
+
+def load_schedule(path: str) -> Schedule:
+    """A schedule from its text form. Raises ConfigError that names the file and the line."""
+    try:
+        return parse_schedule(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
+    except ScheduleError as fault:
+        raise ConfigError(f"{path}: {fault}") from None
+
+
+def _read(path: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    schedule = strip_communication(load_schedule(path))
+    there, here = (schedule.placement.num_ranks, schedule.num_microbatches), (num_ranks, num_microbatches)
+    if there != here:
+        raise InfeasibleError(
+            f"{path}: written for {there[0]} ranks and {there[1]} microbatches, this run has {here[0]} and {here[1]}"
+        )
+    return schedule
+
+
+def _search(request: Request, chunk_counts: tuple[int, ...] | None, shapes: tuple[Shape, ...]) -> Schedule:
+    from megamem.planner.schedules.search import search
+
+    return search(request, chunk_counts=chunk_counts, placements=shapes).schedule
