@@ -6,9 +6,17 @@ from collections.abc import Mapping
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Schedule
+from megamem.planner.schedules import gis, gis_h, interleaved, one_f_one_b, zb_h1, zb_h2
 from megamem.planner.schedules.family import Family, Request
 
-_ALL: tuple[Family, ...] = ()
+_ALL: tuple[Family, ...] = (
+    one_f_one_b.FAMILY,
+    interleaved.FAMILY,
+    zb_h1.FAMILY,
+    zb_h2.FAMILY,
+    gis.FAMILY,
+    gis_h.FAMILY,
+)
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 """The families by name, in the order of the documentation."""
