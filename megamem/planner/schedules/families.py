@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Schedule
-from megamem.planner.schedules import gis, gis_h, interleaved, one_f_one_b, zb_h1, zb_h2
+from megamem.planner.schedules import gis, gis_h, interleaved, one_f_one_b, zb_h1, zb_h2, zb_heuristic
 from megamem.planner.schedules.family import Family, Request
 
 _ALL: tuple[Family, ...] = (
@@ -14,6 +14,8 @@ _ALL: tuple[Family, ...] = (
     interleaved.FAMILY,
     zb_h1.FAMILY,
     zb_h2.FAMILY,
+    zb_heuristic.ZB_1P,
+    zb_heuristic.ZB_2P,
     gis.FAMILY,
     gis_h.FAMILY,
 )
