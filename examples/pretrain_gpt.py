@@ -17,6 +17,7 @@ import gc
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from pretrain.arguments import parse
@@ -26,21 +27,31 @@ from megamem.config import Config
 from megamem.errors import MegamemError
 
 
-def _run(args: argparse.Namespace, name: str, config: Config, datasets: tuple[Any, Any]) -> Any:
-    """One training run from the seeds on; returns its history."""
+def _run(
+    args: argparse.Namespace,
+    name: str,
+    config: Config,
+    datasets: tuple[Any, Any],
+    prepare: Callable[[Any], None] = lambda training: None,
+) -> Any:
+    """One training run from the seeds on; returns its history. `prepare` may change what is built."""
     import torch.distributed as dist
-    from pretrain.launch import set_seeds
+    from pretrain.launch import set_seeds, set_virtual_stages
     from pretrain.loop import train
     from pretrain.model import build_training
+    from pretrain.pipeline import for_run
     from pretrain.report import Reporter
 
+    args = for_run(args, config)
     reporter = Reporter(args, name, is_main=dist.get_rank() == 0)
+    set_virtual_stages(args)
     set_seeds(args)
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.close)
         handle = stack.enter_context(megamem.enable(config)) if config.enabled else None
         meter = handle.meter() if handle is not None else stack.enter_context(_stock_meter(args))
         training = build_training(args)
+        prepare(training)
         history = train(args, training, datasets, reporter, meter)
         if handle is not None:
             reporter.say(f"\n{handle.report()}")
@@ -93,16 +104,18 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     import torch.distributed as dist
     from pretrain.data import build_datasets
     from pretrain.report import comparison
+    from pretrain.weights import same_weights
 
     datasets = build_datasets(args)
     if not args.compare:
         history = _run(args, "megamem" if config.enabled else "stock", config, datasets)
         return 130 if history.interrupted else 0
-    stock = _run(args, "stock", Config(), datasets)
-    if stock.interrupted:
-        return 130
-    _free()
-    ours = _run(args, "megamem", config, datasets)
+    with same_weights(args, config) as weights:
+        stock = _run(args, "stock", Config(), datasets, weights.save)
+        if stock.interrupted:
+            return 130
+        _free()
+        ours = _run(args, "megamem", config, datasets, weights.load)
     text, agree = comparison(stock, ours, args.compare_tolerance)
     if dist.get_rank() == 0:
         print(text, flush=True)

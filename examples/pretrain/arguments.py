@@ -13,6 +13,7 @@ from pathlib import Path
 import megamem.config
 from megamem.config import Config
 from megamem.errors import ConfigError
+from pretrain.pipeline import plan_pipeline
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end of a document
 
@@ -146,8 +147,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     except ConfigError as error:
         problems += error.problems
     _complete(args)
-    problems += [*_shape_problems(args), *_parallel_problems(args), *_pipeline_problems(args)]
+    problems += [*_shape_problems(args), *_parallel_problems(args), *_pipeline_problems(args, config)]
     problems += [*_batch_problems(args), *_file_problems(args), *_compare_problems(args, config)]
+    if not problems:
+        problems += plan_pipeline(args, config)
     if problems:
         # All ranks see the same flags; one of them says so.
         text = "\n".join(f"pretrain_gpt.py: error: {problem}" for problem in problems)
@@ -250,9 +253,10 @@ def _parallel_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _pipeline_problems(args: argparse.Namespace) -> list[str]:
+def _pipeline_problems(args: argparse.Namespace, config: Config) -> list[str]:
     pp, stages = args.pipeline_model_parallel_size, args.virtual_stages or 1
     problems = []
+    uses_stock_schedule = args.compare or not config.schedule.is_on
     if args.num_layers_per_virtual_pipeline_stage and args.num_virtual_stages_per_pipeline_rank:
         problems.append(
             "give one of --num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank"
@@ -268,12 +272,12 @@ def _pipeline_problems(args: argparse.Namespace) -> list[str]:
         )
     if stages > 1 and pp == 1:
         problems.append("virtual pipeline stages need --pipeline-model-parallel-size of 2 or more")
-    if stages > 1 and pp == 2 and args.no_overlap_p2p_communication:
+    if uses_stock_schedule and stages > 1 and pp == 2 and args.no_overlap_p2p_communication:
         problems.append(
             "two pipeline ranks with virtual stages need overlapped point-to-point communication, because both "
             "directions join the same two ranks; drop --no-overlap-p2p-communication"
         )
-    if stages > 1 and args.num_microbatches % pp:
+    if uses_stock_schedule and stages > 1 and args.num_microbatches % pp:
         problems.append(
             f"{args.num_microbatches} microbatches are not divisible by the {pp} interleaved pipeline ranks"
         )
@@ -319,7 +323,8 @@ def _compare_problems(args: argparse.Namespace, config: Config) -> list[str]:
     problems = []
     if not config.enabled:
         problems.append(
-            "--compare needs something to compare: --megamem FILE.yaml or --megamem-activations-policy memo"
+            "--compare needs something to compare: --megamem FILE.yaml, --megamem-activations-policy memo or "
+            "--megamem-schedule-name gis-h"
         )
     if args.save is not None or args.load is not None:
         problems.append("--compare trains twice from the beginning and cannot --save or --load")

@@ -52,7 +52,7 @@ _LAYOUT = (
 )
 
 
-def _unwrap(chunk: Any) -> Any:
+def unwrap(chunk: Any) -> Any:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
@@ -125,14 +125,24 @@ def _set_keeping_step(part: Any, model_param: Any, tensors: dict[str, Any]) -> N
     type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
 
 
+def chunk_names(training: Training) -> list[str]:
+    """What the model chunks of this rank are called in a checkpoint's state."""
+    count = len(training.chunks)
+    return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
+
+
+def model_state(training: Training, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The sharded weights of this rank, by the names of its chunks."""
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(chunk_names(training), training.chunks, strict=True)
+    }
+
+
 def _state(args: argparse.Namespace, training: Training, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
     """The sharded state of a run; the same function names what to save and what to load."""
     metadata = _metadata()
-    chunks = training.chunks
-    state: dict[str, Any] = {
-        "model" if len(chunks) == 1 else f"model{index}": _unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(chunks)
-    }
+    state = model_state(training, metadata)
     state["optimizer"] = training.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     if not is_loading:
         state["scheduler"] = training.scheduler.state_dict()
@@ -208,8 +218,8 @@ class Checkpoints:
         _allocate(training.optimizer)
         state = _state(self._args, training, is_loading=True, with_rng=same_layout)
         loaded = dist_checkpointing.load(state, str(folder))
-        for index, chunk in enumerate(training.chunks):
-            _unwrap(chunk).load_state_dict(loaded["model" if len(training.chunks) == 1 else f"model{index}"])
+        for name, chunk in zip(chunk_names(training), training.chunks, strict=True):
+            unwrap(chunk).load_state_dict(loaded[name])
         _load_optimizer(training.optimizer, loaded["optimizer"])
         training.scheduler.load_state_dict(loaded["scheduler"])
         training.iteration, training.consumed = loaded["iteration"], loaded["consumed"]

@@ -51,6 +51,7 @@ def _init_process_group(args: argparse.Namespace) -> None:
 
 def _init_parallel_groups(args: argparse.Namespace) -> None:
     from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
@@ -60,6 +61,18 @@ def _init_parallel_groups(args: argparse.Namespace) -> None:
         expert_model_parallel_size=args.expert_model_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
+    # Megatron's own trainers say so too; megamem's `auto` schedule asks.
+    init_num_microbatches_calculator(
+        dist.get_rank(), None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+    )
+
+
+def set_virtual_stages(args: argparse.Namespace) -> None:
+    """Tell Megatron how many chunks a pipeline rank of the next run has."""
+    from megatron.core import parallel_state
+
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
+    parallel_state.set_virtual_pipeline_model_parallel_rank(None if args.virtual_stages is None else 0)
 
 
 def set_seeds(args: argparse.Namespace) -> None:

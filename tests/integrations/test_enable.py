@@ -11,35 +11,16 @@ from typing import Any
 
 import pytest
 
+from megamem.testing.trials import HALF, RECOMPUTE, RESIDUAL, SWAP, error_of, start_case
+
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
 
 Dist = Callable[[int], Callable[..., list[Any]]]
 Fields = dict[str, Any]
-SWAP: Fields = {"policy": "memo", "keep_last_layers": 0}
-RECOMPUTE: Fields = {"policy": "recompute"}
-HALF: Fields = {**SWAP, "swap_fraction": 0.5}
 ORDERED: Fields = {"policy": "ordered", "keep_last_layers": 0}
-RESIDUAL: Fields = {**RECOMPUTE, "residual_every": 2}
 EXACT: dict[str, Fields] = {"swap": SWAP, "recompute": RECOMPUTE, "ordered": ORDERED, "residual": RESIDUAL}
 BITWISE: dict[str, list[str]] = {name: [] for name in EXACT}
-LLAMA: Fields = {"activation": "swiglu", "norm": "RMSNorm", "bias": False, "kv_groups": 2}
-
-
-def _case(**fields: Any) -> Any:
-    from megamem.testing.models import GptCase, init_parallel
-
-    case = GptCase(**{**LLAMA, **fields})
-    init_parallel(case)
-    return case
-
-
-def _error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def _differences(case: Any, configs: dict[str, Fields], **options: Any) -> dict[str, list[str]]:
@@ -70,12 +51,12 @@ def on_and_off() -> dict[str, Any]:
     from megamem.testing.models import build_gpt, train_steps
     from megamem.testing.parity import train
 
-    case = _case()
+    case = start_case()
     before, stock = _bindings(), train(case)
     found: dict[str, Any] = {}
     with megamem.enable({"activations": SWAP}) as handle:
         found["patched"] = _bindings() != before
-        found["twice"] = _error_of(lambda: megamem.enable({"activations": SWAP}))
+        found["twice"] = error_of(lambda: megamem.enable({"activations": SWAP}))
         chunks = build_gpt(case)
         attributes = _attributes(chunks[0])
         train_steps(chunks, case, num_microbatches=2)
@@ -113,7 +94,7 @@ def test_a_model_is_freed_while_megamem_stays_on(dist: Dist) -> None:
 def too_early() -> str:
     import megamem
 
-    return _error_of(lambda: megamem.enable({"activations": SWAP}))
+    return error_of(lambda: megamem.enable({"activations": SWAP}))
 
 
 def test_enable_before_initialize_model_parallel_is_refused(dist: Dist) -> None:
@@ -124,8 +105,8 @@ def test_enable_before_initialize_model_parallel_is_refused(dist: Dist) -> None:
 def too_much_host_memory() -> str:
     import megamem
 
-    _case()
-    return _error_of(lambda: megamem.enable({"activations": {**SWAP, "host_memory": "900TiB"}}))
+    start_case()
+    return error_of(lambda: megamem.enable({"activations": {**SWAP, "host_memory": "900TiB"}}))
 
 
 def test_more_host_memory_than_the_machine_has_is_refused(dist: Dist) -> None:
@@ -159,7 +140,7 @@ def conflicts() -> dict[str, Any]:
     from megamem.integrations.megatron_core import check_layer
     from megamem.testing.models import build_gpt
 
-    (chunk,) = build_gpt(_case(ddp=False))
+    (chunk,) = build_gpt(start_case(ddp=False))
     layer = chunk.decoder.layers[0]
     found = {}
     for name, (attributes, options, _) in CONFLICTS.items():
@@ -168,10 +149,10 @@ def conflicts() -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             for attribute, value in attributes.items():
                 patch.setattr(layer.config, attribute, value, raising=False)
-            found[name] = _error_of(lambda config=config: check_layer(layer, config))  # type: ignore[misc]
+            found[name] = error_of(lambda config=config: check_layer(layer, config))  # type: ignore[misc]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer, "cross_attention", layer.self_attention)
-        found["cross attention"] = _error_of(lambda: check_layer(layer, load_config({"activations": SWAP})))
+        found["cross attention"] = error_of(lambda: check_layer(layer, load_config({"activations": SWAP})))
     return found
 
 
@@ -187,12 +168,12 @@ def conflict_at_construction(config: Fields, options: Fields, fields: Fields) ->
     import megamem
     from megamem.testing.models import build_gpt, train_steps
 
-    case = _case(config=config, **fields)
+    case = start_case(config=config, **fields)
     with megamem.enable({"activations": options}):
-        built = _error_of(lambda: build_gpt(case))
+        built = error_of(lambda: build_gpt(case))
     chunks = build_gpt(case)  # the model first, megamem afterwards: then the first step refuses
     with megamem.enable({"activations": options}):
-        return [built, _error_of(lambda: train_steps(chunks, case, num_microbatches=1))]
+        return [built, error_of(lambda: train_steps(chunks, case, num_microbatches=1))]
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -218,8 +199,8 @@ def _goes_around(chunks: list[Any]) -> None:
 def not_live(fields: Fields, options: Fields, around: bool) -> str:
     from megamem.testing.parity import train
 
-    case = _case(**fields)
-    return _error_of(lambda: train(case, options, prepare=_goes_around if around else None))
+    case = start_case(**fields)
+    return error_of(lambda: train(case, options, prepare=_goes_around if around else None))
 
 
 def test_a_step_in_which_no_layer_goes_through_megamem_stops_the_run(dist: Dist) -> None:
@@ -242,7 +223,7 @@ def experts() -> dict[str, Any]:
     import megamem
     from megamem.testing.models import build_gpt
 
-    case = _case(experts=4)
+    case = start_case(experts=4)
     options = {name: {**SWAP, "experts": name} for name in ("keep", "swap", "recompute")}
     found: dict[str, Any] = _differences(case, options)
     with megamem.enable({"activations": options["recompute"]}) as handle:
@@ -261,7 +242,7 @@ def test_experts_are_kept_swapped_or_recomputed_bitwise_and_megatrons_flag_is_pu
 
 
 def selective(modules: list[str]) -> dict[str, Any]:
-    case = _case(layers=3, config={"recompute_granularity": "selective", "recompute_modules": modules})
+    case = start_case(layers=3, config={"recompute_granularity": "selective", "recompute_modules": modules})
     return _differences(case, EXACT)
 
 
@@ -281,7 +262,7 @@ def _frozen(what: str) -> Callable[[list[Any]], None]:
 
 
 def frozen(what: str) -> dict[str, Any]:
-    return _differences(_case(layers=3, ddp=False), EXACT, prepare=_frozen(what))
+    return _differences(start_case(layers=3, ddp=False), EXACT, prepare=_frozen(what))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +280,7 @@ def nothing_below_trains() -> dict[str, Any]:
                 if name.startswith(part):
                     parameter.requires_grad_(False)
 
-    return _differences(_case(layers=3, ddp=False), EXACT, prepare=prepare)
+    return _differences(start_case(layers=3, ddp=False), EXACT, prepare=prepare)
 
 
 def test_layers_below_everything_that_trains_are_bitwise(dist: Dist) -> None:
@@ -317,7 +298,7 @@ def overlapped() -> dict[str, Any]:
 
     from megamem.testing.models import build_gpt, build_optimizer
 
-    case = _case(layers=3, distributed_optimizer=True)
+    case = start_case(layers=3, distributed_optimizer=True)
 
     def build() -> list[Any]:
         (model,) = build_gpt(replace(case, ddp=False))
@@ -348,7 +329,7 @@ def evaluated(fields: Fields, grad: bool, configs: dict[str, Fields]) -> dict[st
     from megamem.testing.models import build_gpt, train_steps
     from megamem.testing.parity import seed_everything
 
-    case = _case(layers=4, **fields)
+    case = start_case(layers=4, **fields)
 
     def run(config: Fields) -> tuple[Any, ...]:
         seed_everything()
@@ -388,7 +369,7 @@ def killed() -> str:
 
     from megamem.testing.parity import train
 
-    case = _case(layers=4, pp=2)
+    case = start_case(layers=4, pp=2)
 
     def prepare(chunks: list[Any]) -> None:
         if torch.distributed.get_rank() == 1:
@@ -401,7 +382,7 @@ def killed() -> str:
 
             chunks[0].module.decoder.layers[0].register_forward_hook(hook)
 
-    return _error_of(lambda: train(case, SWAP, num_microbatches=4, prepare=prepare))
+    return error_of(lambda: train(case, SWAP, num_microbatches=4, prepare=prepare))
 
 
 def test_when_a_rank_is_killed_in_a_step_the_others_end_with_an_error(dist: Dist) -> None:

@@ -64,48 +64,32 @@ DROPOUT: dict[str, tuple[int, Fields]] = {
 }
 
 
-def train(case: Any, config: dict[str, Any] | None) -> tuple[Any, Any]:
-    """Two steps, the second one with learned order; the report of what megamem did."""
-    import torch
-    from megatron.core import tensor_parallel
-
-    import megamem
-    from megamem.testing.models import build_gpt, train_steps
-
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    torch.manual_seed(1234)
-    with megamem.enable({"activations": config or {}}) as handle:
-        outcome = train_steps(build_gpt(case), case, num_microbatches=4 if case.pp > 1 else 2, steps=2)
-        return outcome, handle.report()
-
-
 def compare(fields: Fields, configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per configuration: largest difference of a loss, relative norm of the worst gradient, what moved."""
     import torch
 
     from megamem.testing.models import GptCase, init_parallel
+    from megamem.testing.parity import relative_error, train
 
     case = GptCase(**{**fields, "dtype": getattr(torch, fields.get("dtype", "float32"))})
     init_parallel(case)
-    (losses, gradients), _ = train(case, None)
-    assert gradients
+    steps = {"num_microbatches": 4 if case.pp > 1 else 2, "steps": 2}  # the second one with learned order
+    stock = train(case, **steps)
+    assert stock.gradients
     outcomes = {}
     for name, config in configs.items():
-        (new_losses, new_gradients), report = train(case, config)
-        assert new_gradients.keys() == gradients.keys()
-        assert len(new_losses) == len(losses)
-        errors = {
-            key: float((new_gradients[key].float() - old.float()).norm() / old.float().norm().clamp_min(1e-30))
-            for key, old in gradients.items()
-        }
+        ours = train(case, config, **steps)
+        assert ours.engine is not None and ours.gradients.keys() == stock.gradients.keys()
+        stats = ours.engine.stats
+        errors = {key: relative_error(ours.gradients[key], old) for key, old in stock.gradients.items()}
         outcomes[name] = {
-            "loss": max((abs(one - other) for one, other in zip(losses, new_losses, strict=True)), default=0.0),
+            "loss": max((abs(one - other) for one, other in zip(stock.losses, ours.losses, strict=True)), default=0.0),
             "gradient": max(errors.values()),
-            "bitwise": losses == new_losses and all(torch.equal(new_gradients[k], g) for k, g in gradients.items()),
+            "bitwise": ours.differences(stock) == [],
             "worst": max(errors, key=lambda key: errors[key]),
-            "swapped": report.swapped_nbytes,
-            "recomputed": report.recomputed_nbytes,
-            "kept": report.kept_nbytes,
+            "swapped": stats.swapped_nbytes,
+            "recomputed": stats.recomputed_nbytes,
+            "kept": stats.kept_nbytes,
         }
     return outcomes
 

@@ -5,45 +5,17 @@ As in `test_traps.py`, each fault is shown once its guard is gone.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from megamem.testing.trials import HALF, RECOMPUTE, RESIDUAL, SWAP, error_of, mutated, start_case
 
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
 
 Dist = Callable[[int], Callable[..., list[Any]]]
-SWAP: dict[str, Any] = {"policy": "memo", "keep_last_layers": 0}
-HALF: dict[str, Any] = {**SWAP, "swap_fraction": 0.5}
-RECOMPUTE: dict[str, Any] = {"policy": "recompute"}
-RESIDUAL: dict[str, Any] = {"policy": "recompute", "residual_every": 2}
-LLAMA: dict[str, Any] = {"activation": "swiglu", "norm": "RMSNorm", "bias": False, "kv_groups": 2}
-
-
-@contextlib.contextmanager
-def mutated(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` replaced while the block runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, value)
-        yield
-
-
-def _case(**fields: Any) -> Any:
-    from megamem.testing.models import GptCase, init_parallel
-
-    case = GptCase(**{**LLAMA, **fields})
-    init_parallel(case)
-    return case
-
-
-def _error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # -- random numbers ----------------------------------------------------------------------------------------------------
@@ -56,7 +28,7 @@ def dropout(fields: dict[str, Any]) -> dict[str, Any]:
     from megamem.runtime.activations.replay import Replay
     from megamem.testing.parity import train
 
-    case = _case(dropout=0.2, layers=3, **fields)
+    case = start_case(dropout=0.2, layers=3, **fields)
     stock = train(case)
     found: dict[str, Any] = {
         name: train(case, config).differences(stock)
@@ -165,7 +137,7 @@ def other_tensors(
     from megamem.runtime.activations.signature import Signature
     from megamem.testing.parity import relative_error
 
-    case = _case(ddp=False, layers=3, dropout=dropout)
+    case = start_case(ddp=False, layers=3, dropout=dropout)
     stock, _ = _wandering(case, {"policy": "off"}, frozen, lengths)
     found: dict[str, Any] = {}
     for name, config in configs.items():
@@ -175,7 +147,7 @@ def other_tensors(
         found[name + ", unplanned"] = engine.stats.num_unplanned
         found[name + ", open"] = engine.courier.ledger.num_live
     with mutated(Signature, "matches", lambda signature, packed: True):
-        found["unguarded"] = _error_of(lambda: _wandering(case, configs["swap"], frozen, lengths))
+        found["unguarded"] = error_of(lambda: _wandering(case, configs["swap"], frozen, lengths))
     return found
 
 
@@ -230,7 +202,7 @@ def not_token_wise(kind: str) -> dict[str, Any]:
     from megamem.runtime.activations import signature
     from megamem.testing.parity import train
 
-    case, prepare = _case(), _mixing if kind == "mixing" else _fickle
+    case, prepare = start_case(), _mixing if kind == "mixing" else _fickle
     stock = train(case, prepare=prepare)
     found: dict[str, Any] = {"swap": train(case, SWAP, prepare=prepare).differences(stock)}
     for name, config in {"half": HALF, "recompute": RECOMPUTE}.items():

@@ -6,39 +6,20 @@ Each job trains a real model on one rank or two; a *mutation* takes one guard ou
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
+from megamem.testing.trials import HALF, LLAMA, RECOMPUTE, SWAP, error_of, mutated, start_case
+
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
 
 Dist = Callable[[int], Callable[..., list[Any]]]
-SWAP: dict[str, Any] = {"policy": "memo", "keep_last_layers": 0}
-HALF: dict[str, Any] = {**SWAP, "swap_fraction": 0.5}
-RECOMPUTE: dict[str, Any] = {"policy": "recompute"}
-LLAMA: dict[str, Any] = {"activation": "swiglu", "norm": "RMSNorm", "bias": False, "kv_groups": 2}
-
-
-@contextlib.contextmanager
-def mutated(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` replaced while the block runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, value)
-        yield
-
-
-def _case(**fields: Any) -> Any:
-    from megamem.testing.models import GptCase, init_parallel
-
-    case = GptCase(**{**LLAMA, **fields})
-    init_parallel(case)
-    return case
 
 
 def _stored(config: dict[str, Any], case: Any, **options: Any) -> int:
@@ -48,15 +29,6 @@ def _stored(config: dict[str, Any], case: Any, **options: Any) -> int:
     trained = train(case, config, num_microbatches=1, steps=1, **options)
     assert trained.engine is not None
     return trained.engine.courier.ledger.bytes_stored
-
-
-def _error_of(call: Callable[[], object]) -> str:
-    """Class and text of what `call` raises, or nothing."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
@@ -96,7 +68,7 @@ def weights_and_shared_memory() -> dict[str, int]:
     from megamem.runtime.activations import signature
     from megamem.testing.parity import train
 
-    case = _case()
+    case = start_case()
     found: dict[str, int] = {}
     train(case, num_microbatches=1, steps=1, prepare=lambda chunks: _distinct_bytes(chunks, found))
     stored = {"definition": found["bytes"], "guarded": _stored(SWAP, case)}
@@ -148,7 +120,7 @@ def odd_tensors(kind: str) -> dict[str, Any]:
     from megamem.runtime.activations.geometry import Region
     from megamem.testing.parity import train
 
-    case = _case()
+    case = start_case()
     prepare = _odd_norm(kind)
     stock = train(case, prepare=prepare)
     found: dict[str, Any] = {}
@@ -166,7 +138,7 @@ def odd_tensors(kind: str) -> dict[str, Any]:
         mutated(signature, "own_region", unguarded),
         mutated(recipe, "region_of", lambda tensor: unguarded(tensor, ())),
     ):
-        found["unguarded"] = _error_of(lambda: found.update(bytes_unguarded=_stored(SWAP, case, prepare=prepare)))
+        found["unguarded"] = error_of(lambda: found.update(bytes_unguarded=_stored(SWAP, case, prepare=prepare)))
     return found
 
 
@@ -190,7 +162,7 @@ def received_input() -> dict[str, Any]:
     from megamem.runtime.activations import engine
     from megamem.testing.parity import train
 
-    case = _case(pp=2, layers=4)
+    case = start_case(pp=2, layers=4)
     stock, guarded = train(case), train(case, SWAP)
     assert guarded.engine is not None
     found: dict[str, Any] = {"differences": guarded.differences(stock)}
@@ -223,7 +195,7 @@ def emptied_storage(guarded: bool) -> dict[str, Any]:
     # `TransformerLayer` does not pass it: give it that default. All else is Megatron's own code.
     with mutated(megatron_random.CheckpointWithoutOutput.__init__, "__defaults__", (None,)):
         config = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
-        case, plain = _case(config=config), _case_again()
+        case, plain = start_case(config=config), _case_again()
         stock = train(case)
         if guarded:
             found: dict[str, Any] = {"upstream": stock.differences(train(plain))}
@@ -281,8 +253,8 @@ def in_place(config: dict[str, Any] | None) -> dict[str, Any]:
     from megamem.runtime.activations.run import LayerRun
     from megamem.testing.parity import train
 
-    case = _case(layers=3)
-    found: dict[str, Any] = {"error": _error_of(lambda: train(case, config, prepare=_spoil_input))}
+    case = start_case(layers=3)
+    found: dict[str, Any] = {"error": error_of(lambda: train(case, config, prepare=_spoil_input))}
     if config is None:
         return found
     clean = train(case)
@@ -293,7 +265,7 @@ def in_place(config: dict[str, Any] | None) -> dict[str, Any]:
 
     unchecked = mutated(LayerRun, "version_check", lambda run, tensors, names: lambda: None)
     with unchecked, mutated(Handle, "check_version", lambda handle: None):
-        found["unguarded"] = _error_of(spoiled)
+        found["unguarded"] = error_of(spoiled)
     found["after"] = train(case).differences(clean)
     return found
 
@@ -323,13 +295,13 @@ def twice(config: dict[str, Any]) -> dict[str, Any]:
     import megamem
     from megamem.testing.models import global_names
 
-    case = _case(ddp=False)
+    case = start_case(ddp=False)
     found: dict[str, Any] = {}
     with megamem.enable({"activations": config}) as handle:
         _, loss = _loss(case)
         loss.backward(retain_graph=True)
-        found["error"] = _error_of(loss.backward)
-        found["once"] = _error_of(lambda: _loss(case)[1].backward(retain_graph=True))
+        found["error"] = error_of(loss.backward)
+        found["once"] = error_of(lambda: _loss(case)[1].backward(retain_graph=True))
         chunk, first = _loss(case)
         first.backward()
         once = {name: p.grad.clone() for name, p in global_names(chunk) if p.grad is not None}
@@ -368,7 +340,7 @@ def dropped(config: dict[str, Any], times: int) -> dict[str, Any]:
     from megamem.runtime.activations.capture import Handle
     from megamem.runtime.activations.parcels import Parcel
 
-    case = _case(ddp=False)
+    case = start_case(ddp=False)
     found: dict[str, Any] = {}
     with megamem.enable({"activations": {**config, "host_memory": "16MiB"}}) as handle:
         _loss(case)
@@ -417,11 +389,11 @@ def outer_hooks() -> dict[str, Any]:
     import megamem
     from megamem.runtime.activations import engine
 
-    case = _case(ddp=False)
+    case = start_case(ddp=False)
     found: dict[str, Any] = {}
     with megamem.enable({"activations": SWAP}):
         with torch.autograd.graph.save_on_cpu():
-            found["error"] = _error_of(lambda: _loss(case))
+            found["error"] = error_of(lambda: _loss(case))
         seen: list[tuple[int, ...]] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
