@@ -5,10 +5,12 @@
 
 from collections.abc import Mapping
 
-from megamem.patches.megatron_core import schedules, transformer_layer
+from megamem.patches.megatron_core import finalize_model_grads, gpt_model, language_module, schedules, transformer_layer
 from megamem.patches.registry import Patch
 
 GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "activations": (*transformer_layer.PATCHES, *schedules.PATCHES),
+    "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),
 }
-"""The patches of each capability, by the name of its section in the configuration."""
+"""The patches of each capability, by the name of its section in the configuration; behind a dot, a part of it that is
+applied where it is needed."""

@@ -58,6 +58,20 @@ def modules_losing_gradients(config: Any) -> list[str]:
     return sorted({"layernorm", "mla_up_proj", "moe_act"} & set(config.recompute_modules or ()))
 
 
+def gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Where Megatron accumulates a parameter's gradient: in `main_grad` under its DDP, else in `grad`."""
+    found: torch.Tensor | None = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
+    return found
+
+
+def pipeline_rank_override() -> int | None:
+    """What `parallel_state.set_pipeline_model_parallel_rank` has set, which has no getter; None where nothing has."""
+    from megatron.core import parallel_state
+
+    override: int | None = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK
+    return override
+
+
 def nvtx_messages() -> list[str]:
     """Megatron's stack of open NVTX ranges, which an interrupted call leaves unbalanced; empty where there is none."""
     from megatron.core import utils

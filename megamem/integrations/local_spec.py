@@ -224,7 +224,7 @@ def _layer(config: TransformerConfig, num_experts: int | None, flash_attention: 
     return spec
 
 
-def _is_moe(config: TransformerConfig) -> list[bool]:
+def moe_layers(config: TransformerConfig) -> list[bool]:
     """For each layer of the model, whether `moe_layer_freq` makes it an MoE layer."""
     if config.num_moe_experts is None:
         return [False] * config.num_layers
@@ -250,9 +250,9 @@ def local_layer_spec(
     Megatron's parallel state must be there unless `pp_rank` is given.
     """
     kinds = {
-        moe: _layer(config, config.num_moe_experts if moe else None, flash_attention) for moe in set(_is_moe(config))
+        moe: _layer(config, config.num_moe_experts if moe else None, flash_attention) for moe in set(moe_layers(config))
     }
-    layers = [kinds[moe] for moe in _is_moe(config)]
+    layers = [kinds[moe] for moe in moe_layers(config)]
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         numbers = layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank)

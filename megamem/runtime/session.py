@@ -1,9 +1,9 @@
-"""What patched code of a trainer calls: the one object between a trainer's functions and megamem's runtime."""
+"""What patched code of a trainer calls: the objects between a trainer's functions and megamem's runtime."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.nn import Module
@@ -25,3 +25,31 @@ class AbstractSession(ABC):
     @abstractmethod
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one forward-backward step over all microbatches."""
+
+
+class AbstractPlacement(ABC):
+    """Where the chunks of a model lie in the pipeline, if not where the trainer puts them."""
+
+    @abstractmethod
+    def on_language_model(self, model: Module) -> None:
+        """A language model's groups are set. Raises UnsupportedError where it is none that can be placed."""
+
+    @abstractmethod
+    def build(
+        self, model: Module, construct: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run a model's constructor for the stage that its chunk is, whatever stage the trainer took it for."""
+
+    @abstractmethod
+    def on_embeddings(self, model: Module) -> None:
+        """A model chunk's embedding and output layer have been constructed and marked."""
+
+    @abstractmethod
+    def run_as_stage(
+        self, model: Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a method of a model chunk while the trainer's parallel state answers for the chunk's stage."""
+
+    @abstractmethod
+    def sum_tied_gradients(self, chunks: Sequence[Module]) -> bool:
+        """Sum the gradients of tied embedding and output weights. False where the chunks are not placed by this."""

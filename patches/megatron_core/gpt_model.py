@@ -1,0 +1,49 @@
+"""Patches of `megatron.core.models.gpt.gpt_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from megamem.patches.registry import Patch
+
+if TYPE_CHECKING:
+    from megamem.runtime.session import AbstractPlacement
+
+_SUPPORTS = "megatron-core>=0.15.3,<0.20"
+
+
+def _placed(placement: AbstractPlacement, original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
+        placement.build(self, original, args, kwargs)
+
+    return __init__
+
+
+def _as_stage(placement: AbstractPlacement, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return placement.run_as_stage(self, original, args, kwargs)
+
+    return sharded_state_dict
+
+
+PATCHES = (
+    Patch(
+        target="megatron.core.models.gpt.gpt_model:GPTModel.__init__",
+        build=_placed,
+        why="Trainers compute a chunk's stage from the ring of an interleaved pipeline and hand the result to the "
+        "constructor; in a V the second chunk of a rank is another stage.",
+        supports=_SUPPORTS,
+        remove_when="Megatron-Core asks one replaceable function which stage a chunk of a rank is.",
+    ),
+    Patch(
+        target="megatron.core.models.gpt.gpt_model:GPTModel.sharded_state_dict",
+        build=_as_stage,
+        why="With a pipeline layout, the layer offset in a checkpoint is looked up by the rank in parallel_state.",
+        supports=_SUPPORTS,
+        remove_when="get_transformer_layer_offset hands its pp_rank to the layout.",
+    ),
+)
