@@ -1,0 +1,420 @@
+"""Whether a schedule can be run: complete, every dependency met, free of deadlock, within a memory limit.
+
+Written from the definitions of the actions (`megamem.ir.schedule`), apart from the generators and the passes, so that a
+mistake of theirs cannot hide in here. For stages s, microbatches m, and the last stage z:
+
+    F(s) needs F(s-1)      B(s) needs F(s) and B(s+1); B(z) needs F(z)       W(s) needs B(s); its parts cover it once
+    a BW counts as B and W    S(m) on every rank needs F(z); T(m) and B(z) need S(m) of every rank (2411.05288, 4.3)
+    OFFLOAD stands after F, RELOAD after its OFFLOAD, and B after the RELOAD
+
+Sends and receives, where there are any, are there for every pair of neighbouring stages on two ranks: the send after
+what makes the message, the receive before what needs it, both sides of a channel (direction, sender, receiver) in the
+same order. A message arrives when both sides are posted and all before it on the channel have arrived.
+
+Deadlocks are found by running the lists, without times: what can run does not depend on how long anything takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megamem.errors import ScheduleError
+from megamem.ir.schedule import COMMUNICATION, Action, Placement, Schedule
+from megamem.ir.workload import HasCosts, PipelineCosts, Uniform
+from megamem.planner.schedules.simulator import price
+
+_SHOWN = 12  # problems in a message
+_AROUND = 4  # actions before and after the first one, in the excerpt
+_TOLERANCE = 1e-9  # of a memory limit: sums of shares of an activation
+
+
+class Problem(NamedTuple):
+    """What is wrong, and where: the position in the list of a rank (its length for something missing at the end)."""
+
+    rank: int
+    position: int
+    text: str
+
+
+def check_schedule(schedule: Schedule, *, costs: HasCosts | None = None, memory_limit: float | None = None) -> None:
+    """Raise one ScheduleError with everything that is wrong with `schedule`, or return.
+
+    memory_limit: activation memory that no rank may exceed, in the unit of the costs' activations; without `costs`, in
+                  activations of one microbatch on one rank. Memory is counted as in the simulator; where activations
+                  are offloaded it depends on time, and the simulator is asked.
+    """
+    problems = find_problems(schedule)
+    if not problems and memory_limit is not None:
+        fitting = (costs or Uniform()).costs(schedule.placement)
+        problems = _over_limit(schedule, fitting, memory_limit)
+    if problems:
+        raise ScheduleError(_report(schedule, problems))
+
+
+def find_problems(schedule: Schedule) -> list[Problem]:
+    """Everything that is wrong but memory. Deadlocks are looked for in schedules that are otherwise in order."""
+    places: list[dict[Action, int]] = []
+    problems: list[Problem] = []
+    for rank in range(schedule.placement.num_ranks):
+        place: dict[Action, int] = {}
+        for position, action in enumerate(schedule.ranks[rank]):
+            if place.setdefault(action, position) != position:
+                problems.append(Problem(rank, position, f"{action} is there twice"))
+        places.append(place)
+        problems += _compute_problems(schedule, rank, place)
+        problems += _offload_problems(rank, place)
+    problems += _vocabulary_problems(schedule, places)
+    if any(action.kind in COMMUNICATION for place in places for action in place):
+        problems += _message_problems(schedule, places)
+    return problems or _Run(schedule).deadlock()
+
+
+def accumulates_in_order(schedule: Schedule) -> bool:
+    """Whether every parameter takes its gradients in the order of the microbatches, as in 1F1B.
+
+    That is what gradients need in order to be bitwise equal to those of 1F1B. Both passes count: B makes the gradients
+    of what is no linear layer (norms, biases), W those of the linear layers. Parts of a W count for their share.
+    """
+    for actions in schedule.ranks:
+        for chunk in range(schedule.placement.num_chunks):
+            whole = [a.microbatch for a in actions if a.chunk == chunk and a.kind in ("B", "BW")]
+            if whole != sorted(whole) or not _parts_in_order([a for a in actions if a.chunk == chunk]):
+                return False
+    return True
+
+
+def _parts_in_order(actions: Iterable[Action]) -> bool:
+    weights = [action for action in actions if action.kind in ("W", "BW")]
+    shares = math.lcm(*{action.parts for action in weights})
+    last = [-1] * shares
+    for action in weights:
+        size = shares // action.parts
+        for share in range(action.part * size, (action.part + 1) * size):
+            if action.microbatch < last[share]:
+                return False
+            last[share] = action.microbatch
+    return True
+
+
+def _compute_problems(schedule: Schedule, rank: int, place: dict[Action, int]) -> Iterable[Problem]:
+    """F once, B and W or BW once, in this order, for every chunk and microbatch of one rank."""
+    weights: dict[tuple[int, int], list[Action]] = {}
+    for action in place:
+        if action.kind == "W":
+            weights.setdefault((action.chunk, action.microbatch), []).append(action)
+    end = len(schedule.ranks[rank])
+    for chunk in range(schedule.placement.num_chunks):
+        for microbatch in range(schedule.num_microbatches):
+            forward = place.get(Action("F", chunk, microbatch))
+            split = place.get(Action("B", chunk, microbatch))
+            fused = place.get(Action("BW", chunk, microbatch))
+            backward = fused if split is None else split
+            parts = weights.get((chunk, microbatch), [])
+            if forward is None:
+                yield Problem(rank, end, f"{chunk}F{microbatch} is missing")
+            elif backward is not None and backward < forward:
+                yield Problem(rank, backward, f"{schedule.ranks[rank][backward]} is before {chunk}F{microbatch}")
+            if backward is None:
+                yield Problem(rank, end, f"{chunk}B{microbatch} (or {chunk}BW{microbatch}) is missing")
+            elif split is not None and fused is not None:
+                yield Problem(rank, max(split, fused), f"{chunk}B{microbatch} and {chunk}BW{microbatch} are both there")
+            if fused is not None and parts:
+                yield Problem(rank, place[parts[0]], f"{parts[0]} is there beside {chunk}BW{microbatch}")
+            elif split is not None:
+                if fault := _cover_fault(parts):
+                    yield Problem(rank, place[parts[-1]] if parts else end, f"{chunk}W{microbatch}: {fault}")
+                for part in parts:
+                    if place[part] < split:
+                        yield Problem(rank, place[part], f"{part} is before {chunk}B{microbatch}")
+
+
+def _cover_fault(parts: list[Action]) -> str | None:
+    """Why these are not all parts of one W, each once."""
+    if not parts:
+        return "is missing"
+    numbers = sorted(action.part for action in parts)
+    count = parts[0].parts
+    if any(action.parts != count for action in parts):
+        return f"is divided in different ways: {' '.join(map(str, parts))}"
+    if numbers != list(range(count)):
+        missing = sorted(set(range(count)) - set(numbers))
+        return f"of {count} parts, {', '.join(map(str, missing))} missing"
+    return None
+
+
+def _offload_problems(rank: int, place: dict[Action, int]) -> Iterable[Problem]:
+    for action, position in place.items():
+        if action.kind not in ("OFFLOAD", "RELOAD"):
+            continue
+        key = (action.chunk, action.microbatch)
+        if action.kind == "OFFLOAD":
+            before, after = place.get(Action("F", *key)), place.get(Action("RELOAD", *key))
+            if after is None:
+                yield Problem(rank, position, f"{action} without its RELOAD")
+            if before is not None and before > position:
+                yield Problem(rank, position, f"{action} is before {Action('F', *key)}")
+        else:
+            before = place.get(Action("OFFLOAD", *key))
+            after = place.get(Action("B", *key), place.get(Action("BW", *key)))
+            if before is None:
+                yield Problem(rank, position, f"{action} without its OFFLOAD")
+            elif before > position:
+                yield Problem(rank, position, f"{action} is before its OFFLOAD")
+            if after is not None and after < position:
+                yield Problem(rank, position, f"{action} is after the backward pass that needs it")
+
+
+def _vocabulary_problems(schedule: Schedule, places: list[dict[Action, int]]) -> Iterable[Problem]:
+    """Where vocabulary passes appear, one S and then one T on every rank for every microbatch."""
+    if not any(action.kind in ("S", "T") for place in places for action in place):
+        return
+    for rank, place in enumerate(places):
+        found: dict[tuple[str, int], int] = {}
+        for action, position in place.items():
+            if action.kind in ("S", "T") and found.setdefault((action.kind, action.microbatch), position) != position:
+                yield Problem(rank, position, f"{action}: a rank has one {action.kind} per microbatch")
+        for microbatch in range(schedule.num_microbatches):
+            first, second = found.get(("S", microbatch)), found.get(("T", microbatch))
+            for kind, place_of in (("S", first), ("T", second)):
+                if place_of is None:
+                    yield Problem(rank, len(schedule.ranks[rank]), f"{kind} of microbatch {microbatch} is missing")
+            if first is not None and second is not None and second < first:
+                yield Problem(rank, second, f"T of microbatch {microbatch} is before its S")
+
+
+class _End(NamedTuple):
+    """One side of a message: its channel (direction, sender, receiver), and the receiving stage and microbatch."""
+
+    channel: tuple[str, int, int]
+    message: tuple[int, int]
+
+
+def _end(placement: Placement, rank: int, action: Action) -> _End | None:
+    """The end of a message that a SEND or RECV is; None where its neighbour is on the same rank or there is none."""
+    verb, _, direction = action.kind.partition("_")
+    stage = placement.stage(rank, action.chunk)
+    # An activation goes up the stages, a gradient down; a receive looks the other way.
+    other = stage + (1 if (direction == "F") == (verb == "SEND") else -1)
+    if not 0 <= other < placement.num_stages or placement.rank_of(other) == rank:
+        return None
+    if verb == "SEND":
+        return _End((direction, rank, placement.rank_of(other)), (other, action.microbatch))
+    return _End((direction, placement.rank_of(other), rank), (stage, action.microbatch))
+
+
+def _message_problems(schedule: Schedule, places: list[dict[Action, int]]) -> Iterable[Problem]:
+    """Every message sent and received once, after it is made and before it is needed, in one order per channel."""
+    lines: dict[tuple[str, int, int], dict[str, list[tuple[int, int]]]] = {}
+    for rank, place in enumerate(places):
+        for action, position in place.items():
+            if action.kind not in COMMUNICATION:
+                continue
+            end = _end(schedule.placement, rank, action)
+            if end is None:
+                yield Problem(rank, position, f"{action} has no other rank at its end")
+                continue
+            verb, _, direction = action.kind.partition("_")
+            sides = lines.setdefault(end.channel, {"SEND": [], "RECV": []})
+            sides[verb].append(end.message)
+            work = place.get(Action("F", *action[1:3])) if direction == "F" else _backward(place, action)
+            if work is not None and verb == "SEND" and work > position:
+                yield Problem(rank, position, f"{action} is before the action that makes the message")
+            if work is not None and verb == "RECV" and work < position:
+                yield Problem(rank, position, f"{action} is after the action that needs the message")
+        yield from _missing_messages(schedule, rank, place)
+    for (direction, source, target), sides in lines.items():
+        sent, received = sides["SEND"], sides["RECV"]
+        if sent != received and sorted(sent) == sorted(received):
+            index = next(i for i, pair in enumerate(zip(sent, received, strict=True)) if pair[0] != pair[1])
+            asked = Action("RECV_F" if direction == "F" else "RECV_B", 0, received[index][1])
+            asked = asked._replace(chunk=schedule.placement.chunk_of(received[index][0]))
+            text = (
+                f"the {direction} channel from rank {source} to rank {target} is not in one order: message {index} is "
+                f"sent for stage {sent[index][0]}, microbatch {sent[index][1]}, and received for stage "
+                f"{received[index][0]}, microbatch {received[index][1]}"
+            )
+            yield Problem(target, places[target][asked], text)
+
+
+def _backward(place: dict[Action, int], action: Action) -> int | None:
+    return place.get(Action("B", *action[1:3]), place.get(Action("BW", *action[1:3])))
+
+
+def _missing_messages(schedule: Schedule, rank: int, place: dict[Action, int]) -> Iterable[Problem]:
+    for action, position in place.items():
+        if action.kind not in ("F", "B", "BW"):
+            continue
+        direction = "F" if action.kind == "F" else "B"
+        for verb in ("SEND", "RECV"):
+            post = Action(f"{verb}_{direction}", *action[1:3])  # type: ignore[arg-type]
+            if post not in place and _end(schedule.placement, rank, post) is not None:
+                yield Problem(rank, position, f"{action} without its {post}")
+
+
+# What an action waits for: a finished F, B or S of (stage, microbatch), or a message on its way to one.
+_Event = tuple[str, int, int]
+
+
+class _Run:
+    """The lists, run without times until all are done or none can go on."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.placement = schedule, schedule.placement
+        self.posts = any(action.kind in COMMUNICATION for _, action in schedule)
+        self.vocabulary = any(action.kind == "S" for _, action in schedule)
+        self.happened: set[_Event] = set()
+        self.waiting: dict[_Event, list[int]] = {}
+        self.statistics = [0] * schedule.num_microbatches
+        self.lines: dict[tuple[str, int, int], tuple[list[_Event], list[_Event]]] = {}
+        self.position = [0] * self.placement.num_ranks
+        self.runnable = list(range(self.placement.num_ranks))
+
+    def deadlock(self) -> list[Problem]:
+        """Every rank that never reaches the end of its list."""
+        while self.runnable:
+            self._advance(self.runnable.pop())
+        problems = []
+        for rank, actions in enumerate(self.schedule.ranks):
+            if self.position[rank] < len(actions):
+                action = actions[self.position[rank]]
+                missing = [event for event in self._needs(rank, action) if event not in self.happened]
+                wants = " and ".join(map(self._describe, missing))
+                problems.append(Problem(rank, self.position[rank], f"deadlock: {action} waits for {wants}"))
+        return problems
+
+    def _advance(self, rank: int) -> None:
+        actions, happened = self.schedule.ranks[rank], self.happened
+        position = self.position[rank]
+        while position < len(actions):
+            action = actions[position]
+            if action.kind in COMMUNICATION:
+                self._post(rank, action)
+            elif action.kind in ("F", "B", "BW", "S", "T"):
+                missing = next((event for event in self._needs(rank, action) if event not in happened), None)
+                if missing is not None:
+                    self.waiting.setdefault(missing, []).append(rank)
+                    break
+                self._finish(rank, action)
+            position += 1
+        self.position[rank] = position
+
+    def _needs(self, rank: int, action: Action) -> list[_Event]:
+        stage, microbatch, last = self.placement.stage(rank, action.chunk), action.microbatch, self._last
+        if action.kind == "F":
+            return [self._arrival("F", stage - 1, stage, microbatch)] if stage else []
+        if action.kind == "S":
+            return [("F", last, microbatch)]
+        if action.kind == "T":
+            return [("S", 0, microbatch)]
+        if stage < last:
+            return [("F", stage, microbatch), self._arrival("B", stage + 1, stage, microbatch)]
+        return [("F", stage, microbatch), *([("S", 0, microbatch)] if self.vocabulary else [])]
+
+    @property
+    def _last(self) -> int:
+        return self.placement.num_stages - 1
+
+    def _arrival(self, kind: str, source: int, stage: int, microbatch: int) -> _Event:
+        if self.posts and self.placement.rank_of(source) != self.placement.rank_of(stage):
+            return (f"message {kind}", stage, microbatch)
+        return (kind, source, microbatch)
+
+    def _finish(self, rank: int, action: Action) -> None:
+        if action.kind == "S":
+            self.statistics[action.microbatch] += 1
+            if self.statistics[action.microbatch] == self.placement.num_ranks:
+                self._happen(("S", 0, action.microbatch))
+        elif action.kind != "T":
+            kind = "F" if action.kind == "F" else "B"
+            self._happen((kind, self.placement.stage(rank, action.chunk), action.microbatch))
+
+    def _post(self, rank: int, action: Action) -> None:
+        end = _end(self.placement, rank, action)
+        if end is None:
+            return
+        sides = self.lines.setdefault(end.channel, ([], []))
+        own, other = sides if action.kind.startswith("SEND") else sides[::-1]
+        own.append((f"message {end.channel[0]}", *end.message))
+        if len(own) <= len(other):
+            self._happen(own[-1])
+
+    def _happen(self, event: _Event) -> None:
+        self.happened.add(event)
+        if event in self.waiting:
+            self.runnable += self.waiting.pop(event)
+
+    def _describe(self, event: _Event) -> str:
+        kind, stage, microbatch = event
+        if kind == "S":
+            return f"S of microbatch {microbatch} on every rank"
+        letter = kind[-1]
+        rank, chunk = self.placement.rank_of(stage), self.placement.chunk_of(stage)
+        if len(kind) == 1:
+            return f"{chunk}{letter}{microbatch} of rank {rank}"
+        source = stage - 1 if letter == "F" else stage + 1
+        sender = self.placement.rank_of(source)
+        send = f"{self.placement.chunk_of(source)}SEND_{letter}{microbatch}"
+        return f"the message of {send} of rank {sender}"
+
+
+def _over_limit(schedule: Schedule, costs: PipelineCosts, limit: float) -> list[Problem]:
+    allowed = limit * (1 + _TOLERANCE)
+    if any(action.kind == "OFFLOAD" for _, action in schedule):
+        peaks = enumerate(price(schedule, costs).peak_activation)
+        return [Problem(rank, 0, _over(peak, limit)) for rank, peak in peaks if peak > allowed]
+    problems = []
+    for rank, actions in enumerate(schedule.ranks):
+        held, peak, first = 0.0, 0.0, -1
+        parts: dict[tuple[int, int], int] = {}
+        for position, (kind, chunk, microbatch, _, count) in enumerate(actions):
+            cost = costs.stages[schedule.placement.stage(rank, chunk)]
+            if kind == "F":
+                held += cost.activation
+            elif kind == "B":
+                held -= cost.activation - cost.weight_grad
+            elif kind == "BW":
+                held -= cost.activation
+            elif kind == "W":
+                parts[chunk, microbatch] = parts.get((chunk, microbatch), 0) + 1
+                held -= cost.weight_grad if parts[chunk, microbatch] == count else 0.0
+            peak = max(peak, held)
+            if held > allowed and first < 0:
+                first = position
+        if first >= 0:
+            problems.append(Problem(rank, first, f"{actions[first]} exceeds the memory limit; {_over(peak, limit)}"))
+    return problems
+
+
+def _over(peak: float, limit: float) -> str:
+    return f"the rank needs {peak:.10g} of activation memory, the limit is {limit:.10g}"
+
+
+def _report(schedule: Schedule, problems: list[Problem]) -> str:
+    count = len(problems)
+    lines = [f"{schedule.name}: {count} problem{'s' * (count > 1)}:"]
+    lines += [f"  rank {problem.rank}: {problem.text}" for problem in problems[:_SHOWN]]
+    if count > _SHOWN:
+        lines.append(f"  ... and {count - _SHOWN} more")
+    return "\n".join([*lines, *_excerpt(schedule, problems[0])])
+
+
+def _excerpt(schedule: Schedule, problem: Problem) -> list[str]:
+    """The lists of the rank with the problem and its neighbours, around the place."""
+    ranks = range(max(0, problem.rank - 2), min(schedule.placement.num_ranks, problem.rank + 3))
+    first = max(0, problem.position - _AROUND)
+    span = range(first, max(first + 1, problem.position + _AROUND + 1))
+    cells = {
+        rank: [str(schedule.ranks[rank][i]) if i < len(schedule.ranks[rank]) else "" for i in span] for rank in ranks
+    }
+    width = max((len(cell) for row in cells.values() for cell in row), default=0)
+    lines = [f"actions {span.start} to {span.stop - 1} of ranks {ranks.start} to {ranks.stop - 1}:"]
+    for rank, row in cells.items():
+        marked = [
+            f"[{cell:^{width}}]" if (rank, i) == (problem.rank, problem.position) else f" {cell:^{width}} "
+            for i, cell in zip(span, row, strict=True)
+        ]
+        arrow = "  <-- ERROR HERE" if rank == problem.rank else ""
+        lines.append(f"  rank {rank:>2} |" + "".join(marked) + "|" + arrow)
+    return lines
