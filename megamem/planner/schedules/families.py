@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Schedule
-from megamem.planner.schedules import gis, gis_h, interleaved, one_f_one_b, zb_h1, zb_h2, zb_heuristic, zb_v
+from megamem.planner.schedules import gis, gis_h, interleaved, one_f_one_b, po_f, po_h, zb_h1, zb_h2, zb_heuristic, zb_v
 from megamem.planner.schedules.family import Family, Request
 
 _ALL: tuple[Family, ...] = (
@@ -18,6 +18,8 @@ _ALL: tuple[Family, ...] = (
     zb_heuristic.ZB_2P,
     gis.FAMILY,
     gis_h.FAMILY,
+    po_h.FAMILY,
+    po_f.FAMILY,
     zb_v.FAMILY,
 )
 
