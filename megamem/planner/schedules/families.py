@@ -6,7 +6,20 @@ from collections.abc import Mapping
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Schedule
-from megamem.planner.schedules import gis, gis_h, interleaved, one_f_one_b, po_f, po_h, zb_h1, zb_h2, zb_heuristic, zb_v
+from megamem.planner.schedules import (
+    gis,
+    gis_h,
+    interleaved,
+    one_f_one_b,
+    po_f,
+    po_h,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_h2,
+    zb_heuristic,
+    zb_v,
+)
 from megamem.planner.schedules.family import Family, Request
 
 _ALL: tuple[Family, ...] = (
@@ -21,6 +34,8 @@ _ALL: tuple[Family, ...] = (
     po_h.FAMILY,
     po_f.FAMILY,
     zb_v.FAMILY,
+    v_half.FAMILY,
+    v_min.FAMILY,
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

@@ -176,7 +176,7 @@ def _steps(placement: Placement, costs: PipelineCosts, rank: int) -> dict[tuple[
 
 
 def best_of(candidates: Iterable[Timed | None], caps: Sequence[float] | None = None) -> Timed | None:
-    """The candidate with the least makespan, then stage span, then peak, of those within the caps; the first of equals."""
+    """The candidate with the least makespan, then stage span, of those within the caps; the first of equals."""
     within = [
         timed
         for timed in candidates

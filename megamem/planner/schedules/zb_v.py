@@ -22,7 +22,7 @@ from megamem.planner.schedules.weight_placement import PATIENCE, best_of, place_
 
 
 def closed_form(num_ranks: int, rank: int, microbatches: int) -> Iterator[Action]:
-    """F and B of one rank, for any number of microbatches: where there are few, the rest of a longer step is left out."""
+    """F and B of one rank, for any number of microbatches; a short step is a longer one with the rest left out."""
     length = max(microbatches, 2 * num_ranks - 1)
     passes: list[tuple[Kind, int]] = [("F", 0)] * (2 * (num_ranks - rank) - 1)
     passes += [("F", 1), ("F", 0)] * rank
