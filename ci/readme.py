@@ -4,7 +4,7 @@
     python ci/readme.py --check    exit 1 if it is stale
 
 options   from the declarations in megamem/config.py
-figures   from the benchmarks' files in ci/bench/results
+quickstart, figures   from the benchmarks' files in ci/bench/results
 """
 
 from __future__ import annotations
@@ -40,12 +40,36 @@ def main() -> int:
 
 def filled(text: str) -> str:
     """The README with its made parts made anew."""
-    for name, content in (("options", options_table()), ("figures", figures())):
+    for name, content in (("quickstart", quickstart()), ("options", options_table()), ("figures", figures())):
         pattern = re.compile(rf"(<!-- {name}[^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}{match[2]}", text)  # type: ignore[misc]
         if count != 1:
             raise SystemExit(f"README.md: {count} places for {name}, instead of one")
     return text
+
+
+def quickstart() -> str:
+    """What the quickstart prints at its end, shortened, from the record of one run of it."""
+    results = _read("quickstart.cpu.json")["results"]
+    pairs = list(zip(*(results["runs"][name]["iterations"] for name in ("stock", "megamem")), strict=True))
+    lines = ["```text", "iteration |   stock loss | megamem loss | difference"]
+    for stock, ours in (*pairs[:2], pairs[-1]):
+        if stock is pairs[-1][0]:
+            lines.append("       ...")
+        difference = abs(stock["loss"] - ours["loss"])
+        lines.append(f"{stock['iteration']:>9} | {stock['loss']:12.6f} | {ours['loss']:12.6f} | {difference:10.1e}")
+    memory = results["activation_bytes"]
+    left, right = (f"{memory[name] / 2**20:.1f} MiB" for name in ("stock", "megamem"))
+    verdict = "bitwise equal" if results["bitwise"] else f"max difference {results['max_loss_difference']:.1e}"
+    lines += [
+        "",
+        f"{'':24} {'stock':>14} {'megamem':>14}   megamem / stock",
+        f"{'activations, peak':24} {left:>14} {right:>14}   {memory['ratio']:.2f}",
+        f"{'losses':24} {verdict}",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def figures() -> str:

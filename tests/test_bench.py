@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "ci" / "bench"
-NAMES = ("retained_bytes", "bookkeeping", "gpu_layer")
+NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart")
 
 pytestmark = pytest.mark.megatron
 
