@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -98,6 +99,14 @@ class Family:
                 f"{self.name} needs at least {least} microbatches on {request.num_ranks} ranks with {chunks} chunks "
                 f"each, not {request.num_microbatches}; nearest: {least} microbatches"
             )
+
+
+def at_least(amount: float) -> str:
+    """A lower bound as a message says it: six digits, rounded up, so that the number shown is enough."""
+    text = f"{amount:.6g}"
+    if float(text) < amount:
+        text = f"{amount + 10.0 ** (math.floor(math.log10(amount)) - 5):.6g}"
+    return text
 
 
 Objective = Literal["makespan", "stage_span"]

@@ -79,7 +79,7 @@ def build(request: Request) -> Schedule:
     if not least <= group <= ranks:
         raise InfeasibleError(
             f"gis on {ranks} ranks works with groups of {least} (half the ranks, rounded up) to {ranks}, not {group}; "
-            f"nearest: group {min(max(group, least), ranks)}"
+            f"nearest: group {fitting_group(request, least) if group < least else ranks}"
         )
     if not _last_group_runs(request, group):
         microbatches, last = request.num_microbatches, request.num_microbatches % group

@@ -70,8 +70,8 @@ def _check_group(group: int, ranks: int, microbatches: int) -> None:
     """Refuse what `forward_backward_pipelining_with_interleaving` refuses, but for fewer microbatches than a group."""
     if group < ranks:
         raise InfeasibleError(
-            f"interleaved on {ranks} ranks needs groups of at least {ranks} microbatches, not {group}; nearest: "
-            f"group {ranks} (gis works with smaller groups)"
+            f"interleaved on {ranks} ranks needs groups of at least {ranks} microbatches, not {group}; nearest: group "
+            f"{_fitting_group(ranks, ranks, microbatches)} (gis works with smaller groups)"
         )
     last = microbatches % group
     if microbatches > group and 0 < last < ranks:

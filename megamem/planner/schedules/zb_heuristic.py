@@ -27,7 +27,7 @@ from typing import NamedTuple
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Action, Schedule
 from megamem.ir.workload import PipelineCosts, StageCost
-from megamem.planner.schedules.family import Family, Request
+from megamem.planner.schedules.family import Family, Request, at_least
 
 _ROUNDING = 1 + 1e-9
 """Sums of shares of a limit may exceed it by this."""
@@ -217,7 +217,7 @@ def _build(request: Request, name: str, shares: int) -> Schedule:
     if request.memory_limit is not None and request.memory_limit * _ROUNDING < needed:
         raise InfeasibleError(
             f"{name}: one microbatch takes {needed:g} on a rank, and the memory limit is {request.memory_limit:g}; "
-            f"nearest: {needed:g}"
+            f"nearest: {at_least(needed)}"
         )
     limits = [
         shares * cost.activation if request.memory_limit is None else request.memory_limit for cost in costs.stages
