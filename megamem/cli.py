@@ -2,6 +2,7 @@
 
 megamem doctor     what of megamem works with what is installed here
 megamem config     check, resolve and describe configurations
+megamem simulate   check, price and draw a pipeline schedule
 """
 
 from __future__ import annotations
@@ -21,6 +22,23 @@ _EXAMPLES = """examples:
   megamem config --resolve megamem.yaml        the file with every default filled in
   megamem config --resolve megamem.yaml --megamem-activations-policy recompute
   megamem config --table                       all options, with values, defaults and meaning
+  megamem simulate --schedule gis --stages 4 --microbatches 8 --chunks 2
+"""
+
+_SIMULATE_EXAMPLES = """examples:
+  megamem simulate --list
+  megamem simulate --schedule zb-h1 --stages 4 --microbatches 8
+  megamem simulate --schedule gis-h --stages 8 --microbatches 32 --chunks 4 --svg gis-h.svg --perfetto gis-h.json
+  megamem simulate --schedule auto --stages 8 --microbatches 32 --memory-limit 5 --json
+  megamem simulate --schedule zb-2p --stages 8 --microbatches 24 --forward 18.5 --backward 18.1 --weight 9.3 --comm 0.6
+  megamem simulate --schedule gis --stages 8 --microbatches 32 --chunks 4 --activation-bytes 3GiB --memory-limit 30GiB
+  megamem simulate --schedule zb-h1 --stages 2 --microbatches 4 --text > mine.txt   (edit it)
+  megamem simulate --file mine.txt
+
+Costs are per rank and microbatch, divided by the chunks; --comm is per hop between ranks, and is not divided. The
+memory of an activation is taken when F starts; B gives back what is not needed for W. A limit without a unit is in the
+unit of the activations: microbatches per rank, or bytes with --activation-bytes. What the simulator ignores is said in
+megamem/planner/schedules/simulator.py: contention, launch times, receive buffers, everything outside the schedule.
 """
 
 
@@ -49,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_doctor(commands)
     _add_config(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -87,6 +106,45 @@ def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     config.set_defaults(run=_config)
 
 
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="check, price and draw a pipeline schedule",
+        description="Build a pipeline schedule, or read one from a file; prove that it is complete and cannot "
+        "deadlock; say how long it takes, how much of that is bubble, and how much activation memory every rank needs.",
+        epilog=_SIMULATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = simulate.add_argument_group("the schedule")
+    what.add_argument("--schedule", metavar="NAME", help="its name (see --list), or auto")
+    what.add_argument("--stages", metavar="P", type=int, help="pipeline ranks")
+    what.add_argument("--microbatches", metavar="M", type=int, help="microbatches per step and pipeline")
+    what.add_argument("--chunks", metavar="V", type=int, help="model chunks per rank (default: the schedule's fewest)")
+    what.add_argument("--group", metavar="G", type=int, help="microbatches per turn of a chunk (gis, interleaved)")
+    what.add_argument("--file", metavar="FILE", help="read the schedule from its text form instead")
+    what.add_argument("--list", action="store_true", help="list the schedules and exit")
+    costs = simulate.add_argument_group("costs")
+    costs.add_argument("--forward", metavar="T", type=float, help="time of a forward pass (default 1)")
+    costs.add_argument("--backward", metavar="T", type=float, help="time of the gradient of the input (default 1)")
+    costs.add_argument("--weight", metavar="T", type=float, help="time of the gradient of the weights (default 1)")
+    costs.add_argument("--comm", metavar="T", type=float, help="latency of a hop between ranks (default 0)")
+    costs.add_argument(
+        "--costs", metavar="FILE", help="costs of every stage or layer, YAML or JSON, instead of all these"
+    )
+    costs.add_argument("--activation-bytes", metavar="N", help="activations of one microbatch on one rank, e.g. 3GiB")
+    costs.add_argument("--weight-grad-bytes", metavar="N", help="of these, what W still needs after B (default: all)")
+    costs.add_argument(
+        "--memory-limit", metavar="X", help="activation memory per rank: 4.5, or 40GiB; refuse what exceeds"
+    )
+    output = simulate.add_argument_group("output")
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the figures and the order as JSON")
+    form.add_argument("--text", action="store_true", help="print the schedule in its text form, to edit or to report")
+    output.add_argument("--svg", metavar="FILE", help="write a picture")
+    output.add_argument("--perfetto", metavar="FILE", help="write a trace for ui.perfetto.dev")
+    simulate.set_defaults(run=_simulate)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from megamem import doctor
 
@@ -114,3 +172,9 @@ def _config(arguments: argparse.Namespace) -> int:
         else:
             print(config.to_yaml(), end="")
     return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from megamem import simulate
+
+    return simulate.run(arguments)

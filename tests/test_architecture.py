@@ -1,10 +1,10 @@
 """Who may import whom. The rooms of megamem (design, section 2), read from the source by `ast`.
 
-    cli, doctor ---> config ---> ir <--- runtime ---> kernels
-                       ^         ^          ^
-         planner ------+---------+       patches
-                                            ^
-                    integrations -----------+---> everything
+    cli, doctor, simulate ---> config ---> ir <--- runtime ---> kernels
+                                 ^         ^          ^
+        planner, report ---------+---------+       patches
+                                                      ^
+                              integrations -----------+---> everything
 
 An import inside a function, or for type checking only, obeys the same arrows between rooms; what it may do is name a
 heavy package (torch, Megatron) in a module that must start without it.
@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": LEAVES | {"ir", "runtime", "patches", "integrations"},  # a rig around everything; nothing imports it
     "integrations": LEAVES | {"ir", "planner", "profiler", "kernels", "runtime", "patches", "report"},
     "doctor": LEAVES | {"__init__", "patches", "integrations"},
-    "cli": LEAVES | {"__init__", "ir", "planner", "profiler", "report", "doctor", "integrations"},
+    "simulate": LEAVES | {"ir", "planner", "report"},
+    "cli": LEAVES | {"__init__", "ir", "planner", "profiler", "report", "doctor", "simulate", "integrations"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"integrations", "runtime"},  # runtime: the type of one argument of `enable`
 }
@@ -47,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"torch", "megatron", "transformer_engine", "triton", "apex", "numpy"}
 TRAINERS = {"megatron", "nemo"}
 TORCH_FREE = {"ir", "planner", "errors", *CONFIG}  # not even inside a function
-STARTS_FAST = {*TORCH_FREE, "patches", "report", "doctor", "cli", "__main__", "__init__"}  # inside functions only
+# Heavy packages inside functions only.
+STARTS_FAST = {*TORCH_FREE, "patches", "report", "doctor", "simulate", "cli", "__main__", "__init__"}
 LIGHT = {"yaml", "packaging"}  # the base dependencies of setup.py
 
 

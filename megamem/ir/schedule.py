@@ -3,6 +3,7 @@
     Schedule           name, placement, number of microbatches, and one tuple of actions per pipeline rank
     Placement          which stage of the model each chunk of each rank is
     Action             one thing a rank does: kind, chunk, microbatch
+    TimedAction        an action with its start and end
 
 A stage is a position in the model, 0 .. p*v-1 for p ranks with v chunks each; a chunk is the index of a stage on its
 rank. Two placements: `round-robin` is Megatron-Core's own (stage = chunk * p + rank); in `v` every second chunk runs
@@ -88,6 +89,15 @@ class Action(NamedTuple):
         if (action.parts > 1 and action.kind != "W") or action.part >= action.parts:
             raise ScheduleError(f"{text!r}: only a W has parts, numbered from 0")
         return action
+
+
+class TimedAction(NamedTuple):
+    """An action of a rank with its start and end, predicted or measured; what the views draw."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
 
 
 @dataclass(frozen=True, kw_only=True)

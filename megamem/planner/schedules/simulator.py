@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megamem.errors import ScheduleError
-from megamem.ir.schedule import COMMUNICATION, Action, Kind, Placement, Schedule
+from megamem.ir.schedule import COMMUNICATION, Action, Kind, Placement, Schedule, TimedAction
 from megamem.ir.workload import HasCosts, PipelineCosts
 
 Span = tuple[float, float]
@@ -64,6 +64,14 @@ class Simulation:
     stage_bubble_rate: float
     peak_activation: tuple[float, ...]
     times: tuple[tuple[Span, ...], ...]
+
+    def timeline(self) -> list[TimedAction]:
+        """Every action in time, rank by rank in the order of the lists."""
+        return [
+            TimedAction(rank, action, *span)
+            for rank, (actions, spans) in enumerate(zip(self.schedule.ranks, self.times, strict=True))
+            for action, span in zip(actions, spans, strict=True)
+        ]
 
     def memory_curve(self, rank: int) -> list[tuple[float, float]]:
         """Activation memory of `rank` over time: (time, memory from then on), beginning at (0, 0)."""
