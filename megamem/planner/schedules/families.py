@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Schedule
 from megamem.planner.schedules import (
+    dualpipe_v,
     gis,
     gis_h,
     interleaved,
@@ -36,6 +37,7 @@ _ALL: tuple[Family, ...] = (
     zb_v.FAMILY,
     v_half.FAMILY,
     v_min.FAMILY,
+    dualpipe_v.FAMILY,
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
