@@ -37,7 +37,8 @@ PATCHES = (
     Patch(
         target=f"{_MODULE}:LanguageModule.__init__",
         build=_admitted,
-        why="A model that megamem cannot place must be refused when it is built, not trained with layers in wrong order.",
+        why="A model that megamem cannot place must be refused when it is built, not trained with its layers in "
+        "a wrong order.",
         supports=_SUPPORTS,
         remove_when="every language model of Megatron-Core takes its stage from one replaceable function.",
     ),
