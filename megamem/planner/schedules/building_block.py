@@ -45,17 +45,18 @@ Event = tuple[int, int, int, int]
 
 
 class Table:
-    """A step in slots: `starts[rank][index in PASSES, or _W][microbatch]`."""
+    """A step in slots: `starts[rank][index in PASSES, or _W][microbatch]`.
 
-    def __init__(self, starts: list[list[list[int]]]) -> None:
-        self.starts = starts
+    Where the backward pass is fused, B stands for BW and takes two slots, and there is no W.
+    """
 
-    @classmethod
-    def repeat(cls, block: Block, microbatches: int) -> Table:
+    def __init__(self, block: Block, microbatches: int, *, fused: bool = False) -> None:
         """The block once for every microbatch, a period apart, and W in the empty slots."""
-        table = cls([[list(range(slot, slot + PERIOD * microbatches, PERIOD)) for slot in row] for row in block])
-        table.place_weights()
-        return table
+        self.starts = [[list(range(slot, slot + PERIOD * microbatches, PERIOD)) for slot in row] for row in block]
+        self.fused = fused
+        self.lengths = (1, 1, 2, 2) if fused else (1, 1, 1, 1, 1)
+        if not fused:
+            self.place_weights()
 
     def place_weights(self) -> None:
         """W into the empty slots of each rank, as soon as there is a B whose W has not run."""
@@ -82,22 +83,23 @@ class Table:
     def after_inputs(self, rank: int, kind: int, index: int) -> int:
         """The first slot in which a pass (no W) has its inputs and its turn among its equals."""
         rows = self.starts[rank]
-        latest = rows[kind][index - 1] if index else -1
+        length = self.lengths[kind]
+        earliest = rows[kind][index - 1] + length if index else 0
         neighbour = rank - 1 if kind in _DOWNWARDS else rank + 1
         if 0 <= neighbour < len(self.starts):
-            latest = max(latest, self.starts[neighbour][kind][index])
+            earliest = max(earliest, self.starts[neighbour][kind][index] + length)
         if kind:
-            latest = max(latest, rows[kind - 1][index])
-        return latest + 1
+            earliest = max(earliest, rows[kind - 1][index] + self.lengths[kind - 1])
+        return earliest
 
     def held(self, rank: int) -> list[int]:
-        """Chunk activations that a rank holds in each slot; a W gives back at its start."""
+        """Chunk activations that a rank holds in each slot; in the slot of a W, its own counts no more."""
         rows = self.starts[rank]
-        change = [0] * (1 + max(row[-1] for row in rows))
+        change = [0] * (2 + max(row[-1] for row in rows))
         for kind in _FORWARDS:
             for slot in rows[kind]:
                 change[slot] += 1
-        for slot in rows[_W]:
+        for slot in [slot + 1 for row in rows[_B1:] for slot in row] if self.fused else rows[_W]:
             change[slot] -= 1
         level = 0
         for slot, step in enumerate(change):
@@ -111,7 +113,7 @@ class Table:
         for _, rank, kind, index in self.events():
             slot = clock[rank] if kind == _W else max(clock[rank], self.after_inputs(rank, kind, index))
             self.starts[rank][kind][index] = slot
-            clock[rank] = slot + 1
+            clock[rank] = slot + self.lengths[kind]
 
     def orders(self) -> list[list[Event]]:
         """The events of each rank."""
@@ -120,24 +122,21 @@ class Table:
             orders[event[1]].append(event)
         return orders
 
-
-def _steady(table: Table) -> tuple[int, int]:
-    """First and last slot of the steady phase; where there is none, the second is the first."""
-    rows = table.starts[0]
-    first = rows[_B0][0]
-    return first, max(first, rows[_F0][-1])
+    def steady(self) -> range:
+        """The slots from the first B of chunk 0 on rank 0 to its last F of chunk 0."""
+        rows = self.starts[0]
+        return range(rows[_B0][0], rows[_F0][-1] + 1)
 
 
-def _reorder_with_weights(table: Table) -> None:
-    """Step 2: every pass outside of the steady phase into its first possible slot."""
-    first, last = _steady(table)
+def reorder(table: Table, steady: range) -> None:
+    """Every pass outside of the slots `steady` into the first in which it can run."""
     held = [table.held(rank) for rank in range(len(table.starts))]
     peak = max(map(max, held))
     taken: list[set[int]] = [set() for _ in table.starts]
     backwards: list[list[int]] = [[] for _ in table.starts]
     for slot, rank, kind, index in table.events():
-        target = slot
-        if not first <= slot <= last:
+        target, length = slot, table.lengths[kind]
+        if slot not in steady:
             if kind == _W:
                 row = table.starts[rank][_W]
                 earliest = 1 + max(backwards[rank][index], row[index - 1] if index else -1)
@@ -145,14 +144,23 @@ def _reorder_with_weights(table: Table) -> None:
                 earliest = table.after_inputs(rank, kind, index)
             if kind in _FORWARDS:
                 earliest = max(earliest, _room_from(held[rank], slot, peak))
-            target = next((free for free in range(earliest, slot) if free not in taken[rank]), slot)
+            free = (at for at in range(earliest, slot) if taken[rank].isdisjoint(range(at, at + length)))
+            target = next(free, slot)
             table.starts[rank][kind][index] = target
-            change = 1 if kind in _FORWARDS else -1 if kind == _W else 0
-            for between in range(target, slot) if change else ():
-                held[rank][between] += change
-        taken[rank].add(target)
+            _move(held[rank], kind, target, slot, table.fused)
+        taken[rank].update(range(target, target + length))
         if kind in (_B1, _B0):
             bisect.insort(backwards[rank], target)
+
+
+def _move(held: list[int], kind: int, target: int, slot: int, fused: bool) -> None:
+    """Count the memory of a pass that runs in slot `target` instead of `slot`."""
+    if kind in _FORWARDS:
+        for between in range(target, slot):
+            held[between] += 1
+    elif fused or kind == _W:
+        for between in range(target + fused, slot + fused):
+            held[between] -= 1
 
 
 def _room_from(held: list[int], slot: int, peak: int) -> int:
@@ -209,15 +217,15 @@ def _reorder_cool_down(table: Table) -> None:
     """Step 4: the passes behind the steady phase once more, as if W took no room; then W again."""
     peak = max(max(table.held(rank)) for rank in range(len(table.starts)))
     table.starts = [rows[:_W] for rows in table.starts]
-    _, last = _steady(table)
-    ranks = [_CoolDown(events, last + 1) for events in table.orders()]
+    begin = max(table.starts[0][_B0][0], table.starts[0][_F0][-1]) + 1
+    ranks = [_CoolDown(events, begin) for events in table.orders()]
     for slot, rank, kind, index in table.events():
-        if slot <= last:
+        if slot < begin:
             continue
         passes = ranks[rank].passes
         del passes[slot]
         target = slot
-        for free in range(max(last + 1, table.after_inputs(rank, kind, index)), slot):
+        for free in range(max(begin, table.after_inputs(rank, kind, index)), slot):
             if free in passes:
                 continue
             passes[free] = kind
@@ -232,11 +240,19 @@ def _reorder_cool_down(table: Table) -> None:
 
 def unit_orders(block: Block, microbatches: int) -> list[list[Action]]:
     """F, B and W of each rank, made in unit passes as the module says."""
-    table = Table.repeat(block, microbatches)
-    _reorder_with_weights(table)
+    table = Table(block, microbatches)
+    reorder(table, table.steady())
     table.squeeze()
     _reorder_cool_down(table)
     return [list(_actions(events)) for events in table.orders()]
+
+
+def fused_orders(block: Block, microbatches: int) -> list[list[Action]]:
+    """F and BW of each rank, where BW takes two slots; every pass moves, as there is no W to keep a steady phase full."""
+    table = Table(block, microbatches, fused=True)
+    reorder(table, range(0))
+    names: dict[int, Kind] = {_F0: "F", _F1: "F", _B1: "BW", _B0: "BW"}
+    return [[Action(names[kind], PASSES[kind][1], index) for _, _, kind, index in events] for events in table.orders()]
 
 
 def _actions(events: Sequence[Event]) -> Iterator[Action]:

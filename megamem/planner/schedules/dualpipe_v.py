@@ -28,7 +28,7 @@ from megamem.planner.schedules.family import Family, Request
 
 
 def _passes(num_ranks: int, rank: int, length: int) -> Iterator[tuple[Kind, int]]:
-    """Kind and chunk of every action of a rank, for a step of `length` >= 2p microbatches; of W, only the kind counts."""
+    """Kind and chunk of the actions of a rank, for a step of `length` >= 2p microbatches; a W is whichever is oldest."""
     after = num_ranks - rank - 1
     yield from [("F", 0)] * (2 * after)
     yield from [("F", 0), ("F", 1)] * (rank + 1)
