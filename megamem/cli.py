@@ -129,6 +129,9 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     costs.add_argument("--weight", metavar="T", type=float, help="time of the gradient of the weights (default 1)")
     costs.add_argument("--comm", metavar="T", type=float, help="latency of a hop between ranks (default 0)")
     costs.add_argument(
+        "--offload", metavar="T", type=float, help="time to copy the activation out, or back (default 0)"
+    )
+    costs.add_argument(
         "--costs", metavar="FILE", help="costs of every stage or layer, YAML or JSON, instead of all these"
     )
     costs.add_argument("--activation-bytes", metavar="N", help="activations of one microbatch on one rank, e.g. 3GiB")

@@ -29,7 +29,7 @@ from megamem.yamlfile import read_mapping
 
 AUTO = "auto"
 
-_DEFAULTS = {"forward": 1.0, "backward": 1.0, "weight": 1.0, "comm": 0.0}
+_DEFAULTS = {"forward": 1.0, "backward": 1.0, "weight": 1.0, "comm": 0.0, "offload": 0.0}
 _TRACE_UNIT = 1000.0  # microseconds that one unit of cost becomes in a trace
 
 

@@ -9,7 +9,7 @@ Ito, which the colour-blind can tell apart; they also differ in lightness, for a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -39,8 +39,8 @@ _LEGEND: dict[Kind, str] = {
 }
 _COPIES = ("OFFLOAD", "RELOAD")
 
-_LEFT, _RIGHT, _ROW, _BOX, _LANE, _CURVE = 64, 84, 30, 24, 7, 34
-_NARROW, _WIDE, _PER_ACTION = 900, 16000, 19
+_LEFT, _RIGHT, _ROW, _BOX, _LANE, _CURVE = 64, 104, 30, 24, 7, 34
+_NARROW, _WIDE, _PER_ACTION = 900, 4000, 15
 _FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 
@@ -117,7 +117,7 @@ def render_svg(picture: Picture) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _legend(drawn: Iterable[TimedAction]) -> Iterator[str]:
+def _legend(drawn: Sequence[TimedAction]) -> Iterator[str]:
     kinds = {timed.action.kind for timed in drawn}
     x = _LEFT
     for kind, text in _LEGEND.items():
@@ -125,6 +125,8 @@ def _legend(drawn: Iterable[TimedAction]) -> Iterator[str]:
             yield from _swatch(kind, x, 33, 14, 14)
             yield f"<text x='{x + 19}' y='44' font-size='12'>{text}</text>"
             x += 36 + 7 * len(text)
+    if any(timed.action.chunk for timed in drawn):
+        yield f"<text x='{x}' y='44' font-size='12'>lighter: higher chunks</text>"
 
 
 def _swatch(kind: Kind, x: float, y: float, width: float, height: float, light: float = 0.0) -> Iterator[str]:
@@ -150,10 +152,11 @@ def _box(timed: TimedAction, y: float, scale: _Scale, chunks: int) -> Iterator[s
         yield from _swatch(action.kind, left, y, width, _BOX, light)
         text = str(action.microbatch)
         size = min(12.0, width / (0.62 * len(text)))
+        middle = y + _BOX / (3 if action.kind == "BW" else 2)
         if size >= 5:
             ink = "white" if action.kind == "F" and light < 0.4 else "black"
             yield (
-                f"<text x='{(left + right) / 2:.2f}' y='{y + _BOX / 2 + size * 0.36:.2f}' font-size='{size:.1f}' "
+                f"<text x='{(left + right) / 2:.2f}' y='{middle + size * 0.36:.2f}' font-size='{size:.1f}' "
                 f"text-anchor='middle' fill='{ink}'>{text}</text>"
             )
     yield "</g>"
@@ -165,9 +168,9 @@ def _lighter(colour: str, share: float) -> str:
     return "#" + "".join(f"{round(value + (255 - value) * share):02x}" for value in channels)
 
 
-def _ticks(end: float) -> list[float]:
-    """About ten round numbers from 0 to `end`."""
-    raw = end / 10
+def _ticks(end: float, count: float) -> list[float]:
+    """About `count` round numbers from 0 to `end`."""
+    raw = end / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     return [index * step for index in range(int(end / step + 1e-9) + 1)]
@@ -175,7 +178,7 @@ def _ticks(end: float) -> list[float]:
 
 def _axis(y: float, scale: _Scale) -> Iterator[str]:
     yield f"<path d='M{_LEFT} {y} H{_LEFT + scale.width:.2f}' stroke='black' fill='none'/>"
-    for time in _ticks(scale.end):
+    for time in _ticks(scale.end, scale.width / 90):
         x = scale.x(time)
         yield f"<path d='M{x:.2f} {y} v4' stroke='black'/>"
         yield f"<text x='{x:.2f}' y='{y + 17}' font-size='11' text-anchor='middle'>{time:.6g}</text>"
