@@ -107,6 +107,10 @@ class Table:
             change[slot] = level
         return change
 
+    def peak(self) -> int:
+        """The most chunk activations that any rank holds."""
+        return max(max(self.held(rank)) for rank in range(len(self.starts)))
+
     def squeeze(self) -> None:
         """Keep the order of each rank, and start every pass as soon as possible."""
         clock = [0] * len(self.starts)
@@ -128,10 +132,9 @@ class Table:
         return range(rows[_B0][0], rows[_F0][-1] + 1)
 
 
-def reorder(table: Table, steady: range) -> None:
-    """Every pass outside of the slots `steady` into the first in which it can run."""
+def reorder(table: Table, steady: range, peak: int) -> None:
+    """Every pass outside of the slots `steady` into the first in which it can run within `peak` chunk activations."""
     held = [table.held(rank) for rank in range(len(table.starts))]
-    peak = max(map(max, held))
     taken: list[set[int]] = [set() for _ in table.starts]
     backwards: list[list[int]] = [[] for _ in table.starts]
     for slot, rank, kind, index in table.events():
@@ -213,9 +216,8 @@ class _CoolDown:
         return peak
 
 
-def _reorder_cool_down(table: Table) -> None:
+def _reorder_cool_down(table: Table, peak: int) -> None:
     """Step 4: the passes behind the steady phase once more, as if W took no room; then W again."""
-    peak = max(max(table.held(rank)) for rank in range(len(table.starts)))
     table.starts = [rows[:_W] for rows in table.starts]
     begin = max(table.starts[0][_B0][0], table.starts[0][_F0][-1]) + 1
     ranks = [_CoolDown(events, begin) for events in table.orders()]
@@ -238,19 +240,23 @@ def _reorder_cool_down(table: Table) -> None:
     table.place_weights()
 
 
-def unit_orders(block: Block, microbatches: int) -> list[list[Action]]:
-    """F, B and W of each rank, made in unit passes as the module says."""
+def unit_orders(block: Block, microbatches: int, peak: int = 0) -> list[list[Action]]:
+    """F, B and W of each rank, made in unit passes as the module says.
+
+    No rank holds more chunk activations than `peak` or, where that is more, than the repeated block does.
+    """
     table = Table(block, microbatches)
-    reorder(table, table.steady())
+    peak = max(peak, table.peak())
+    reorder(table, table.steady(), peak)
     table.squeeze()
-    _reorder_cool_down(table)
+    _reorder_cool_down(table, peak)
     return [list(_actions(events)) for events in table.orders()]
 
 
 def fused_orders(block: Block, microbatches: int) -> list[list[Action]]:
-    """F and BW of each rank, where BW takes two slots; every pass moves, as there is no W to keep a steady phase full."""
+    """F and BW of each rank, where BW takes two slots. Every pass moves: there is no W to keep a steady phase full."""
     table = Table(block, microbatches, fused=True)
-    reorder(table, range(0))
+    reorder(table, range(0), table.peak())
     names: dict[int, Kind] = {_F0: "F", _F1: "F", _B1: "BW", _B0: "BW"}
     return [[Action(names[kind], PASSES[kind][1], index) for _, _, kind, index in events] for events in table.orders()]
 

@@ -26,20 +26,21 @@ from collections.abc import Iterator
 from megamem.ir.schedule import Action, Kind, Schedule
 from megamem.planner.schedules.family import Family, Request
 
+_Pass = tuple[Kind, int]
 
-def _passes(num_ranks: int, rank: int, length: int) -> Iterator[tuple[Kind, int]]:
-    """Kind and chunk of the actions of a rank, for a step of `length` >= 2p microbatches; a W is whichever is oldest."""
+
+def _passes(num_ranks: int, rank: int, length: int) -> list[_Pass]:
+    """Kind and chunk of the actions of a rank, for `length` >= 2p microbatches; a W is whichever is oldest."""
     after = num_ranks - rank - 1
-    yield from [("F", 0)] * (2 * after)
-    yield from [("F", 0), ("F", 1)] * (rank + 1)
-    yield from [("B", 1), ("W", 1), ("F", 1)] * after
-    yield from [("F", 0), ("BW", 1), ("F", 1), ("BW", 0)] * (length - 2 * num_ranks + rank + 1)
-    yield from [("BW", 1), ("F", 1), ("BW", 0)] * after
-    last = [1, 0] * (rank + 1)
-    yield from [("BW", chunk) for chunk in last[: rank + 1]]
-    yield from [("B", chunk) for chunk in last[rank + 1 :]]
-    yield from [("W", 0), ("B", 0)] * after
-    yield from [("W", 0)] * (rank + 1)
+    warm_up: list[_Pass] = [("F", 0)] * (2 * after) + [("F", 0), ("F", 1)] * (rank + 1)
+    warm_up += [("B", 1), ("W", 1), ("F", 1)] * after
+    steady: list[_Pass] = [("F", 0), ("BW", 1), ("F", 1), ("BW", 0)] * (length - 2 * num_ranks + rank + 1)
+    steady += [("BW", 1), ("F", 1), ("BW", 0)] * after
+    cool_down: list[_Pass] = [("BW", 1), ("BW", 0)] * (rank + 1)
+    cool_down[rank + 1 :] = [("B", chunk) for _, chunk in cool_down[rank + 1 :]]
+    cool_down += [("W", 0), ("B", 0)] * after
+    cool_down += [("W", 0)] * (rank + 1)
+    return warm_up + steady + cool_down
 
 
 def _actions(num_ranks: int, rank: int, microbatches: int) -> Iterator[Action]:

@@ -12,6 +12,7 @@ from megamem.planner.schedules import (
     gis_h,
     interleaved,
     one_f_one_b,
+    one_f_one_b_v,
     po_f,
     po_h,
     v_half,
@@ -37,6 +38,7 @@ _ALL: tuple[Family, ...] = (
     zb_v.FAMILY,
     v_half.FAMILY,
     v_min.FAMILY,
+    one_f_one_b_v.FAMILY,
     dualpipe_v.FAMILY,
 )
 

@@ -7,7 +7,7 @@ whose backward pass cannot be split.
 from __future__ import annotations
 
 from megamem.ir.schedule import Schedule
-from megamem.planner.schedules.building_block import PERIOD, Block, Table, fused_orders
+from megamem.planner.schedules.building_block import PERIOD, Block, fused_orders
 from megamem.planner.schedules.family import Family, Request
 
 
