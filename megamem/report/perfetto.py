@@ -1,8 +1,8 @@
 """A schedule in time as a Chrome trace, which ui.perfetto.dev and chrome://tracing open.
 
-One process per pipeline rank, with one thread for compute and one for copies to and from host memory, and the
-activation memory as a counter. Predicted and measured times have the same form, so that two files lie side by side.
-Format: "Trace Event Format" of the Chromium project, complete events (X), counters (C), instants (i), metadata (M).
+One process per pipeline rank, with a thread for compute and, where there are copies, one for each direction to and from
+host memory; the activation memory is a counter. Predicted and measured times have the same form, so that two files lie
+side by side. Format: "Trace Event Format" of the Chromium project, complete events (X), counters (C), instants (i), metadata (M).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megamem.ir.schedule import COMMUNICATION, Kind, TimedAction
 
 Curve = Sequence[tuple[float, float]]
 
-_COMPUTE, _COPY = 0, 1
+_THREADS: Mapping[Kind, tuple[int, str]] = {"OFFLOAD": (1, "copies to the host"), "RELOAD": (2, "copies from the host")}
 _NAMES: Mapping[Kind, str] = {
     "F": "forward",
     "B": "input gradient",
@@ -48,13 +48,12 @@ def chrome_trace(
     """
     actions = sorted(timeline, key=lambda timed: (timed.rank, timed.start))
     events: list[dict[str, Any]] = []
-    copying = {timed.rank for timed in actions if timed.action.kind in ("OFFLOAD", "RELOAD")}
+    copying = {(timed.rank, _THREADS[timed.action.kind]) for timed in actions if timed.action.kind in _THREADS}
     for rank in sorted({timed.rank for timed in actions} | set(memory or {})):
         events.append(_metadata("process_name", rank, name=f"{title} rank {rank}"))
         events.append(_metadata("process_sort_index", rank, sort_index=rank))
-        events.append(_metadata("thread_name", rank, _COMPUTE, name="compute"))
-        if rank in copying:
-            events.append(_metadata("thread_name", rank, _COPY, name="host copies"))
+        events.append(_metadata("thread_name", rank, name="compute"))
+    events += (_metadata("thread_name", rank, thread, name=name) for rank, (thread, name) in sorted(copying))
     events += (_event(timed, microseconds) for timed in actions)
     for rank, curve in (memory or {}).items():
         events += (
@@ -64,7 +63,7 @@ def chrome_trace(
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def _metadata(what: str, rank: int, thread: int = _COMPUTE, **arguments: object) -> dict[str, Any]:
+def _metadata(what: str, rank: int, thread: int = 0, **arguments: object) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": rank, "tid": thread, "args": arguments}
 
 
@@ -74,7 +73,7 @@ def _event(timed: TimedAction, microseconds: float) -> dict[str, Any]:
         "name": str(action),
         "cat": _NAMES.get(action.kind, "communication"),
         "pid": rank,
-        "tid": _COPY if action.kind in ("OFFLOAD", "RELOAD") else _COMPUTE,
+        "tid": _THREADS[action.kind][0] if action.kind in _THREADS else 0,
         "ts": start * microseconds,
         "args": {"kind": action.kind, "chunk": action.chunk, "microbatch": action.microbatch},
     }

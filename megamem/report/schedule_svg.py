@@ -147,7 +147,8 @@ def _box(timed: TimedAction, y: float, scale: _Scale, chunks: int) -> Iterator[s
     light = 0.62 * action.chunk / max(1, chunks - 1)
     yield f"<g><title>rank {rank}: {action}, {start:.6g} to {end:.6g}</title>"
     if action.kind in _COPIES:
-        yield _rect(left, y + _BOX + 1, width, _LANE - 1, _COLOURS[action.kind])
+        lower = _LANE / 2 if action.kind == "RELOAD" else 0  # both directions may copy at the same time
+        yield _rect(left, y + _BOX + 1 + lower, width, _LANE / 2, _COLOURS[action.kind])
     else:
         yield from _swatch(action.kind, left, y, width, _BOX, light)
         text = str(action.microbatch)

@@ -404,7 +404,8 @@ def _excerpt(schedule: Schedule, problem: Problem) -> list[str]:
     """The lists of the rank with the problem and its neighbours, around the place."""
     ranks = range(max(0, problem.rank - 2), min(schedule.placement.num_ranks, problem.rank + 3))
     first = max(0, problem.position - _AROUND)
-    span = range(first, max(first + 1, problem.position + _AROUND + 1))
+    longest = max(len(schedule.ranks[rank]) for rank in ranks)
+    span = range(first, max(problem.position + 1, min(longest, problem.position + _AROUND + 1)))
     cells = {
         rank: [str(schedule.ranks[rank][i]) if i < len(schedule.ranks[rank]) else "" for i in span] for rank in ranks
     }
