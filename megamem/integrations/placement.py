@@ -27,9 +27,8 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -87,7 +86,6 @@ class VPlacement(AbstractPlacement):
         self._rank: int = self._group.rank()
         _check_layout(self._group.size())
         self.placement = Placement(shape="v", num_ranks=self._group.size(), num_chunks=_CHUNKS)
-        self._chunks: weakref.WeakKeyDictionary[Module, int] = weakref.WeakKeyDictionary()
         self._waiting: list[weakref.ref[Module]] = []  # chunks 0 with a tied weight, whose chunk 1 is not built yet
         self._announced: int | None = None
 
@@ -148,29 +146,23 @@ class VPlacement(AbstractPlacement):
         groups.embd = None
         values |= {"pg_collection": groups, "vp_stage": chunk}
         values |= {"pre_process": self.is_first(chunk), "post_process": self.is_last(chunk)}
-        self._chunks[model] = chunk
-        try:
-            with self.as_stage(chunk):
-                construct(*given.args, **given.kwargs)
-            self._check_layers(model, chunk)
-        except BaseException:
-            del self._chunks[model]
-            raise
+        with self.as_stage(chunk):
+            construct(*given.args, **given.kwargs)
+        self._check_layers(model, chunk)
 
     def on_language_model(self, model: Module) -> None:
-        if model not in self._chunks and model.pp_group.size() > 1:  # type: ignore[operator]
+        if not _is_placed(model) and model.pp_group.size() > 1:  # type: ignore[operator]
             raise UnsupportedError(
                 f"V placement is for GPTModel; {type(model).__name__} finds its layers in a way of its own. Use a "
                 "schedule on Megatron's own placement, such as gis-h"
             )
 
     def on_embeddings(self, model: Module) -> None:
-        chunk = self._chunks.get(model)
-        if chunk is None or not model.share_embeddings_and_output_weights:
+        if not _is_placed(model) or not model.share_embeddings_and_output_weights:
             return
-        if self.is_first(chunk):
+        if self.is_first(_chunk_of(model)):
             self._waiting.append(weakref.ref(model))
-        elif self.is_last(chunk):
+        elif self.is_last(_chunk_of(model)):
             copied, original = _tied_weight(model), _tied_weight(self._first_chunk())
             if not original.is_meta:
                 copied.data.copy_(original.data)
@@ -215,24 +207,24 @@ class VPlacement(AbstractPlacement):
     def run_as_stage(
         self, model: Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        chunk = self._chunks.get(model)
-        if chunk is None:
+        if not _is_placed(model):
             return method(model, *args, **kwargs)
-        with self.as_stage(chunk):
+        with self.as_stage(_chunk_of(model)):
             return method(model, *args, **kwargs)
 
     def check_model(self, chunks: Sequence[Module]) -> None:
         """Raise UnsupportedError unless `chunks` are this rank's chunks, in order, and were built by this placement."""
-        found = [self._chunks.get(self._inner(chunk)) for chunk in chunks]
+        models = [_inner(chunk) for chunk in chunks]
+        found = [_chunk_of(model) if _is_placed(model) else "an unplaced one" for model in models]
         if found != [*range(_CHUNKS)]:
             raise UnsupportedError(
-                f"V placement: a step needs the {_CHUNKS} chunks of pipeline rank {self._rank} in order, and got "
-                f"{len(chunks)}, of which {found} are known; build the model after megamem.enable"
+                f"V placement: a step needs chunks 0 and 1 of pipeline rank {self._rank}, and got "
+                f"{', '.join(map(str, found))}; build the model after megamem.enable"
             )
 
     def sum_tied_gradients(self, chunks: Sequence[Module]) -> bool:
-        models = [self._inner(chunk) for chunk in chunks]
-        if not any(model in self._chunks for model in models):
+        models = [_inner(chunk) for chunk in chunks]
+        if not any(map(_is_placed, models)):
             return False
         self.check_model(chunks)
         if not self.is_first(0) or not models[0].share_embeddings_and_output_weights:
@@ -247,12 +239,6 @@ class VPlacement(AbstractPlacement):
             other.copy_(one)
         return True
 
-    def _inner(self, chunk: Module) -> Module:
-        """The model inside a trainer's wrappers."""
-        while chunk not in self._chunks and isinstance(getattr(chunk, "module", None), Module):
-            chunk = chunk.module  # type: ignore[assignment]
-        return chunk
-
     def hand_over_tokens(self, num_tokens: Tensor) -> None:
         """Give every rank the token count of rank 0, in place; Megatron takes it from the last rank. A collective."""
         dist.broadcast(num_tokens, src=dist.get_global_rank(self._group, 0), group=self._group)
@@ -260,16 +246,12 @@ class VPlacement(AbstractPlacement):
     def hand_over_losses(self, losses: list[Any]) -> list[Any]:
         """What the last stage's loss functions returned: on the last rank, where trainers look for it; else nothing.
 
-        A collective of the pipeline group, to be called at the end of a step: it waits for the losses. Tensors in
-        dicts, lists and tuples keep type and shape, and come on the device of the receiving rank.
+        A collective of the pipeline group, to be called at the end of a step: it waits for the losses. GPU tensors in
+        dicts, lists and tuples come on the current GPU of the receiving rank.
         """
-        box = [_moved(losses, "cpu")] if self._rank == 0 else [None]
+        box = [_packed(losses)] if self._rank == 0 else [None]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
-        if self._rank != self.placement.num_ranks - 1:
-            return []
-        on_gpu = dist.get_backend(self._group) == "nccl"
-        received: list[Any] = _moved(box[0], f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu")
-        return received
+        return _unpacked(box[0]) if self._rank == self.placement.num_ranks - 1 else []
 
 
 @contextmanager
@@ -290,19 +272,47 @@ def _as_rank(rank: int) -> Iterator[None]:
         parallel_state.set_pipeline_model_parallel_rank(before)
 
 
+def _inner(chunk: Any) -> Any:
+    """The model inside a trainer's wrappers."""
+    while isinstance(getattr(chunk, "module", None), Module):
+        chunk = chunk.module
+    return chunk
+
+
+def _is_placed(model: Any) -> bool:
+    return isinstance(getattr(model, "pp_group", None), LogicalGroup)
+
+
+def _chunk_of(model: Any) -> int:
+    chunk: int = model.vp_stage
+    return chunk
+
+
 def _tied_weight(model: Any) -> Tensor:
     weight: Tensor = model.shared_embedding_or_output_weight()
     return weight
 
 
-def _moved(value: Any, device: str) -> Any:
+class _OnGpu(NamedTuple):
+    """A tensor that travels through host memory: the sender's GPU has another number than the receiver's."""
+
+    value: Tensor
+
+
+def _packed(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return _OnGpu(value.detach().cpu()) if value.is_cuda else value.detach()
+    return _each(_packed, value)
+
+
+def _unpacked(value: Any) -> Any:
+    return value.value.cuda() if isinstance(value, _OnGpu) else _each(_unpacked, value)
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value
+        return {key: function(item) for key, item in value.items()}
+    return type(value)(map(function, value)) if type(value) in (list, tuple) else value
 
 
 def _check_layout(num_ranks: int) -> None:
@@ -316,9 +326,6 @@ def _check_layout(num_ranks: int) -> None:
             f"it has {_CHUNKS} chunks on every rank; initialise Megatron with virtual_pipeline_model_parallel_size="
             f"{_CHUNKS}, not {chunks}"
         )
-    positions = parallel_state.get_position_embedding_group(check_initialized=False)
-    if isinstance(positions, dist.ProcessGroup) and positions.size() > 1:
-        problems.append("position embeddings on several ranks (get_position_embedding_ranks) are not supported")
     if problems:
         raise UnsupportedError("V placement: " + "; ".join(problems))
 
