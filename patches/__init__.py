@@ -5,11 +5,19 @@
 
 from collections.abc import Mapping
 
-from megamem.patches.megatron_core import finalize_model_grads, gpt_model, language_module, schedules, transformer_layer
+from megamem.patches.megatron_core import (
+    finalize_model_grads,
+    gpt_model,
+    language_module,
+    layers,
+    schedules,
+    transformer_layer,
+)
 from megamem.patches.registry import Patch
 
 GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "activations": (*transformer_layer.PATCHES, *schedules.PATCHES),
+    "schedule": (*schedules.PATCHES, *layers.PATCHES),
     "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),
 }
 """The patches of each capability, by the name of its section in the configuration; behind a dot, a part of it that is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -94,3 +95,35 @@ def set_random_state(state: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -
     torch.set_rng_state(state[0])
     torch.cuda.set_rng_state(state[1])
     get_cuda_rng_tracker().set_states(state[2])
+
+
+def backward_step_takes_model_type() -> bool:
+    """Whether `backward_step` has a `model_type`, which it does not use; until 0.16."""
+    from megatron.core.pipeline_parallel import schedules
+
+    return "model_type" in inspect.signature(schedules.backward_step).parameters
+
+
+def takes_force_all_reduce(step: Any) -> bool:
+    """Whether forward-backward functions know `force_all_reduce` and pass it to the one that finalises; since 0.16."""
+    return "force_all_reduce" in inspect.signature(step).parameters
+
+
+def default_groups() -> Any:
+    """The process groups that a forward-backward function uses when its caller names none."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if hasattr(schedules, "_build_default_pg_collection"):  # since 0.19
+        return schedules._build_default_pg_collection()
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
+    if hasattr(groups, "tp_dp_cp") or "tp_dp_cp" in getattr(type(groups), "__annotations__", {}):  # since 0.18
+        groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return groups

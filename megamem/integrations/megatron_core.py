@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -27,6 +28,7 @@ from megamem.errors import ConfigError, MissingPackage, NotLiveError, Unsupporte
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
 from megamem.integrations.megatron_layer import MegatronLayer
+from megamem.integrations.megatron_schedule import MegatronSchedule
 from megamem.integrations.report import ActivationReport
 from megamem.patches import GROUPS
 from megamem.patches.registry import Applied, apply
@@ -55,8 +57,12 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
         raise MissingPackage('megamem.enable needs megatron-core; pip install "megamem[train]"') from error
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("call megamem.enable after megatron.core.parallel_state.initialize_model_parallel")
-    session = Session(loaded, _agreed_host_memory(loaded, parallel_state), device)
-    patches = [patch.bound(session) for name in loaded.enabled for patch in GROUPS[name]]
+    host_nbytes = _agreed_host_memory(loaded, parallel_state) if loaded.activations.is_on else 0
+    session = Session(loaded, host_nbytes, device)
+    wanted = dict.fromkeys(patch for name in loaded.enabled for patch in GROUPS[name])  # groups share patches
+    patches = [patch.bound(session) for patch in wanted]
+    if session.schedule is not None and session.schedule.placement is not None:
+        patches += [patch.bound(session.schedule.placement) for patch in GROUPS["schedule.v-placement"]]
     return Handle(loaded, session, apply(patches))
 
 
@@ -64,6 +70,11 @@ def _agreed_host_memory(config: Config, parallel_state: Any) -> int:
     """Bytes of host memory for this rank; the least of its tensor-parallel group, whose ranks must store alike."""
     wanted = resolve_host_memory(config.activations.host_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return _least(wanted, parallel_state.get_tensor_model_parallel_group())
+
+
+def _agreed_name() -> str:
+    """A name that all ranks of the job have in common and that was never used before."""
+    return f"{_least(secrets.randbits(62), None):x}"
 
 
 def _least(number: int, group: Any) -> int:
@@ -80,6 +91,7 @@ class Session(AbstractSession):
     def __init__(self, config: Config, host_nbytes: int, device: AbstractDevice | None) -> None:
         self.config, self.host_nbytes = config, host_nbytes
         self.engine: ActivationEngine | None = None
+        self.schedule = MegatronSchedule.of(config.schedule, _agreed_name()) if config.schedule.is_on else None
         self._device = device
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
         self._num_built = 0
@@ -103,9 +115,14 @@ class Session(AbstractSession):
             self.engine = self._build_engine(layer, known.hidden(args, kwargs))
         return self.engine.forward(known, _Bound(forward, layer), args, kwargs)
 
+    def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if self.schedule is None:
+            return function.apply(*arguments)
+        return self.schedule.linears.run(function, arguments)
+
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            result = step(*args, **kwargs)
+            result = step(*args, **kwargs) if self.schedule is None else self.schedule.run(step, args, kwargs)
         except BaseException:
             if self.engine is not None:
                 self.engine.abandon_step()
@@ -114,7 +131,7 @@ class Session(AbstractSession):
             return result
         if self.engine is not None:
             self.engine.end_step()
-        if not self._has_checked:
+        if self.config.activations.is_on and not self._has_checked:
             self._has_checked = True
             self.check_live()
         return result
@@ -162,6 +179,9 @@ class _MeterSession(AbstractSession):
         if not torch.is_grad_enabled():
             return forward(layer, *args, **kwargs)
         return self._meter.run(MegatronLayer(layer).parameter_storages(), _Bound(forward, layer), args, kwargs)
+
+    def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        return function.apply(*arguments)
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return step(*args, **kwargs)
@@ -215,11 +235,23 @@ class Handle:
         if self._session is not None:
             while self._session.undo:
                 self._session.undo.pop()()
+            if self._session.schedule is not None:
+                self._session.schedule.close()
 
     @property
     def engine(self) -> ActivationEngine | None:
         """The activation engine of this rank, once a layer has run."""
         return self._session.engine if self._session is not None else None
+
+    @property
+    def schedule(self) -> MegatronSchedule | None:
+        """What runs the steps of this rank, where a schedule is asked for."""
+        return self._session.schedule if self._session is not None else None
+
+    def building(self, chunk: int) -> AbstractContextManager[None]:
+        """Surround what builds chunk `chunk` of the model: under a V placement Megatron then takes it for its stage."""
+        placement = self.schedule.placement if self.schedule is not None else None
+        return nullcontext() if placement is None else placement.building(chunk)
 
     def meter(self) -> Metered:
         """What the layers hold for their backward passes, to compare with `measured_activations`."""

@@ -23,6 +23,10 @@ class AbstractSession(ABC):
         """Run a transformer layer's `forward`."""
 
     @abstractmethod
+    def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Run a linear layer's autograd function: what its `apply` would return."""
+
+    @abstractmethod
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one forward-backward step over all microbatches."""
 

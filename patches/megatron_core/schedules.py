@@ -24,10 +24,10 @@ PATCHES = tuple(
     Patch(
         target=f"megatron.core.pipeline_parallel.schedules:{name}",
         build=_bounded,
-        why="megamem must know where a step ends, to check that every capability took part in the first one; "
+        why="A pipeline schedule runs in place of Megatron's own, and megamem must know where a step ends; "
         "get_forward_backward_func looks these names up at every call, so all trainers come through them.",
         supports="megatron-core>=0.15.3,<0.20",
-        remove_when="Megatron-Core calls a hook at the end of a step.",
+        remove_when="Megatron-Core takes a schedule from outside, and calls a hook at the end of a step.",
     )
     for name in (
         "forward_backward_no_pipelining",

@@ -1,0 +1,164 @@
+"""Megatron-Core's linear layers, with the weight gradient computed apart from the input gradient.
+
+`LinearWithGradAccumulationAndAsyncCommunication` is the autograd function of all linear layers that are not Transformer
+Engine's: attention, MLP, every expert of a SequentialMLP, the output layer. Its backward pass can leave the weight
+gradient out (for Megatron's deferred embedding gradient); `_apart` runs it so, with all its tensor-parallel
+communication, and keeps what the weight gradient needs. That gradient is then computed by the lines that this backward
+pass has for it.
+
+During such a forward pass the weight is an alias without gradient, so that the graph does not lead to the parameter:
+else its hooks (Megatron's DDP) would run in B, before there is a gradient. Biases stay in B; they are cheap.
+
+What is not split, and runs whole in B: a weight that something else than linear layers uses too (an embedding, tied
+with the output layer, on the same rank), frozen inputs, weights of Megatron-FSDP and of GTP, layers under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megamem.runtime.pipeline.weights import WeightQueue, WeightTask
+
+_NUM_ARGUMENTS = 9  # input, weight, bias, fusion, all-reduce, sequence parallel, buffer, limit, group; then GTP's size
+
+
+class SplitLinears:
+    """Puts the weight gradients of linear layers on a queue while it has an open list."""
+
+    def __init__(self, queue: WeightQueue) -> None:
+        self._queue = queue
+        self._splittable: set[int] = set()
+
+    def learn(self, chunks: Sequence[Module]) -> None:
+        """Find the weights that only linear layers use."""
+        owners: dict[int, list[Module]] = {}
+        for chunk in chunks:
+            for module in chunk.modules():
+                for parameter in module.parameters(recurse=False):
+                    owners.setdefault(id(parameter), []).append(module)
+        linears = (layers.ColumnParallelLinear, layers.RowParallelLinear)
+        self._splittable = {
+            key for key, modules in owners.items() if all(isinstance(module, linears) for module in modules)
+        }
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a weight that can be split."""
+        return bool(self._splittable)
+
+    def run(self, function: Any, arguments: tuple[Any, ...]) -> Tensor:
+        """`function.apply(*arguments)`, split if a list is open and the weight allows it."""
+        tasks = self._queue.current
+        if tasks is None or not self._can_split(arguments):
+            return function.apply(*arguments)  # type: ignore[no-any-return]
+        source, weight, *rest = arguments
+        sink = _Sink(self._queue, tasks, weight, arguments)
+        return _apart(function).apply(sink, source, weight.detach(), *rest)  # type: ignore[no-any-return]
+
+    def _can_split(self, arguments: tuple[Any, ...]) -> bool:
+        source, weight, _, _, _, _, buffer, *_ = arguments
+        return (
+            torch.is_grad_enabled()
+            and source.requires_grad
+            and weight.requires_grad
+            and id(weight) in self._splittable
+            and buffer is None
+            and not hasattr(weight, "__fsdp_param__")
+            and all(size == 1 for size in arguments[_NUM_ARGUMENTS:])
+            and not torch.is_autocast_enabled(source.device.type)
+        )
+
+    def unsplit(self, chunks: Iterable[Module]) -> list[str]:
+        """Matrices whose gradient B computed although W was asked for: their names, and the modules they are in."""
+        found = []
+        for index, chunk in enumerate(chunks):
+            for path, module in chunk.named_modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.requires_grad and parameter.dim() > 1 and id(parameter) not in self._queue.split:
+                        found.append(f"chunk {index}: {path}.{name} ({type(module).__name__})")
+        return found
+
+
+class _Sink:
+    """Where one call of a linear layer leaves its weight gradient."""
+
+    __slots__ = ("fused", "group", "parameter", "queue", "sequence_parallel", "tasks", "uses_bias")
+
+    def __init__(
+        self, queue: WeightQueue, tasks: list[WeightTask], parameter: Parameter, arguments: tuple[Any, ...]
+    ) -> None:
+        _, _, bias, self.fused, _, self.sequence_parallel, _, _, self.group, *_ = arguments
+        self.queue, self.tasks, self.parameter = queue, tasks, parameter
+        self.uses_bias = bias is not None
+
+    def put(self, source: Tensor, grad_output: Tensor) -> None:
+        """Leave the task: `source` [s, b, k] is the layer's input (this rank's shard), grad_output [s', b, n]."""
+        kept = source, grad_output
+        task = WeightTask(parameter=self.parameter, gradient=lambda: self._gradient(*kept), kept=kept)
+        self.queue.put(self.tasks, task)
+
+    def _gradient(self, source: Tensor, grad_output: Tensor) -> Tensor | None:
+        """As in the backward pass of Megatron's function, after `if wgrad_compute`."""
+        if self.sequence_parallel:
+            shape = [source.shape[0] * self.group.size(), *source.shape[1:]]
+            gathered = layers.get_global_memory_buffer().get_tensor(shape, source.dtype, "mpu")
+            layers.dist_all_gather_func(gathered, source, group=self.group)
+            source = gathered
+        grad_output, source = layers.prepare_input_tensors_for_wgrad_compute(grad_output, source)
+        if not self.fused:
+            return grad_output.t().matmul(source)
+        weight: Any = self.parameter
+        kernels = layers.fused_weight_gradient_mlp_cuda
+        if weight.main_grad.dtype == torch.float32:
+            kernels.wgrad_gemm_accum_fp32(source, grad_output, weight.main_grad)
+        else:
+            kernels.wgrad_gemm_accum_fp16(source, grad_output, weight.main_grad)
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            return None
+        # DDP's hook runs only where a gradient arrives, and does not look at this one.
+        weight.grad_added_to_main_grad = True
+        make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
+        return make(weight.main_grad.shape, dtype=source.dtype, device=source.device)
+
+
+class _InputGradientOnly:
+    """What Megatron's backward pass reads of its context, with the weight gradient left out."""
+
+    def __init__(self, context: Any, saved: tuple[Tensor, Tensor], seen: list[Tensor]) -> None:
+        self._context = context
+        self.saved_tensors = saved
+        self.grad_output_buffer, self.wgrad_deferral_limit = seen, 0
+        self.gradient_accumulation_fusion, self.main_grad = True, None  # the branch that makes no gradient itself
+        self.use_bias = False  # it would add up one dimension of three
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+@cache
+def _apart(function: Any) -> Any:
+    """Megatron's autograd function, without the weight gradient."""
+
+    class LinearWithoutWeightGradient(function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, sink: _Sink, *arguments: Any) -> Any:
+            ctx.sink = sink
+            source, weight, bias, _, *rest = arguments
+            return function.forward(ctx, source, weight, bias, False, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:
+            source, weight = ctx.saved_tensors
+            grad_source, *rest = function.backward(_InputGradientOnly(ctx, (source, weight), []), grad_output)
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0) if ctx.sink.uses_bias else None
+            ctx.sink.put(source, grad_output)
+            return None, grad_source, None, grad_bias, *rest[2:]
+
+    return LinearWithoutWeightGradient

@@ -1,0 +1,522 @@
+"""Megatron-Core's forward-backward functions, replaced by a schedule and the one loop that runs it.
+
+What a pass computes stays Megatron's: its `forward_step` (loss scaling, auxiliary losses, per-token loss, data that is
+no loss) and `backward_step`, its tensor shapes, its pseudo-deallocated outputs. What is done here is what surrounds
+them, and what trainers rely on: gradients are reduced when a chunk's last one is there, `finalize_model_grads_func`
+gets the number of tokens, loss dicts come back in the order of microbatches and on the last pipeline rank, timers run.
+
+    refuse                  what does not go with a schedule, before the first message
+    MegatronSchedule        plans, connections and failures of a process; runs a step
+    _Stages                 the model's chunks in one step: what the loop calls
+    _GradientSync           no_sync_func, grad_sync_func, param_sync_func
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.nn import Module
+
+from megamem.config import Scheduling
+from megamem.errors import PipelineError, UnsupportedError
+from megamem.integrations import compat
+from megamem.integrations.megatron_linear import SplitLinears
+from megamem.integrations.placement import VPlacement
+from megamem.ir.schedule import Action, Placement, Schedule, Shape
+from megamem.planner.schedules.families import FAMILIES
+from megamem.planner.schedules.forward_order import forward_order
+from megamem.planner.schedules.passes import add_communication
+from megamem.planner.schedules.plan import PlannedSchedule, load_schedule, plan_schedule
+from megamem.runtime.pipeline.failure import FailureNotice
+from megamem.runtime.pipeline.links import Links
+from megamem.runtime.pipeline.loop import AbstractStages, Loop, check_kinds
+from megamem.runtime.pipeline.mailbox import Format, Mailbox
+from megamem.runtime.pipeline.trace import Trace
+from megamem.runtime.pipeline.weights import WeightQueue
+
+_LOG = logging.getLogger("megamem")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """The arguments of a forward-backward function that matter here."""
+
+    step: Callable[..., Any]  # the function itself
+    forward_step_func: Callable[..., Any]
+    iterators: list[Any]
+    chunks: list[Module]
+    num_microbatches: int
+    forward_only: bool
+    collect_non_loss_data: bool
+    first_val_step: bool | None
+    adjust_shapes: Callable[..., Any] | None
+    sizes: dict[str, Any]  # seq_length, micro_batch_size, decoder_seq_length
+    group: Any  # the pipeline's
+    groups: Any  # ProcessGroupCollection
+    force_all_reduce: bool
+
+    @classmethod
+    def of(cls, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        bound = inspect.signature(step).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        chunks = given["model"] if isinstance(given["model"], list) else [given["model"]]
+        iterators = given["data_iterator"]
+        communicator, groups = given["p2p_communicator"], given["pg_collection"]
+        if (communicator is None) != (groups is None):
+            raise ValueError("pass p2p_communicator and pg_collection both, or neither")
+        return cls(
+            step=step,
+            forward_step_func=given["forward_step_func"],
+            iterators=iterators if isinstance(iterators, list) else [iterators] * len(chunks),
+            chunks=chunks,
+            num_microbatches=given["num_microbatches"],
+            forward_only=given["forward_only"],
+            collect_non_loss_data=given["collect_non_loss_data"],
+            first_val_step=given["first_val_step"],
+            adjust_shapes=given["adjust_tensor_shapes_fn"],
+            sizes={name: given[name] for name in ("seq_length", "micro_batch_size", "decoder_seq_length")},
+            group=parallel_state.get_pipeline_model_parallel_group() if communicator is None else communicator.pp_group,
+            groups=compat.default_groups() if groups is None else groups,
+            force_all_reduce=bool(given.get("force_all_reduce")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A schedule ready to run: with its messages, and what this rank must know of its own part."""
+
+    schedule: Schedule
+    planned: PlannedSchedule | None  # None for a forward-only order
+    actions: tuple[Action, ...]
+    split: frozenset[tuple[int, int]]  # chunks and microbatches whose backward pass is B and W
+    first: frozenset[Action]  # the first F of every chunk
+    last: frozenset[Action]  # the actions of every chunk's last microbatch that make gradients
+    last_gradient: dict[Action, int]  # the action after which a chunk has all its gradients
+
+    @classmethod
+    def of(cls, schedule: Schedule, planned: PlannedSchedule | None, rank: int) -> _Plan:
+        actions = add_communication(schedule).ranks[rank]
+        check_kinds(actions)
+        first: dict[int, Action] = {}
+        final: dict[int, Action] = {}
+        for action in actions:
+            if action.kind == "F":
+                first.setdefault(action.chunk, action)
+            elif action.kind in ("B", "W", "BW"):
+                final[action.chunk] = action
+        last = {
+            action
+            for action in actions
+            if action.kind in ("B", "W", "BW") and action.microbatch == final[action.chunk].microbatch
+        }
+        return cls(
+            schedule=schedule,
+            planned=planned,
+            actions=actions,
+            split=frozenset((a.chunk, a.microbatch) for a in actions if a.kind == "B"),
+            first=frozenset(first.values()),
+            last=frozenset(last),
+            last_gradient={action: chunk for chunk, action in final.items()},
+        )
+
+
+@final
+class MegatronSchedule:
+    """Runs the steps of a process as `options` ask. `placement` is the model's where it is not Megatron's own."""
+
+    def __init__(self, options: Scheduling, placement: VPlacement | None, name: str) -> None:
+        self.options, self.placement, self._name = options, placement, name
+        self.queue = WeightQueue()
+        self.linears = SplitLinears(self.queue)
+        self.trace: Trace | None = None
+        self.records = options.trace != "none"  # whether steps are traced
+        self._plans: dict[tuple[int, int, bool], _Plan] = {}
+        self._links: Links | None = None
+        self._notice: FailureNotice | None = None
+        self._known: weakref.WeakSet[Module] = weakref.WeakSet()
+        self._chunks: list[weakref.ref[Module]] = []
+
+    @classmethod
+    def of(cls, options: Scheduling, name: str) -> MegatronSchedule:
+        """For a model that is about to be built: with a V placement if the schedule asked for is made for one.
+
+        `name` is the same on all ranks of the job, and no earlier one's: connections are found by it.
+        """
+        return cls(options, VPlacement() if _shape(options) == "v" else None, name)
+
+    @property
+    def planned(self) -> PlannedSchedule | None:
+        """The schedule of the last training step that was planned, with its predicted cost; None before the first."""
+        return next((plan.planned for plan in reversed(self._plans.values()) if plan.planned is not None), None)
+
+    def unsplit(self) -> list[str]:
+        """Matrices whose weight gradient was computed in B although the schedule has W apart; known after a step."""
+        planned = self.planned
+        if planned is None or not planned.schedule.splits_backward:
+            return []
+        return self.linears.unsplit([chunk for ref in self._chunks if (chunk := ref()) is not None])
+
+    def close(self) -> None:
+        """Drop the connections; the next step would make new ones."""
+        if self._notice is not None:
+            self._notice.close()
+        if self._links is not None:
+            self._links.close()
+
+    def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Run a step as a schedule. Raises PipelineError on every rank when one fails."""
+        call = _Call.of(step, args, kwargs)
+        if call.group.size() == 1:
+            self._say_alone()
+            return step(*args, **kwargs)  # type: ignore[no-any-return]
+        config = get_model_config(call.chunks[0])
+        self._check(call, config)
+        plan = self._plan(call)
+        return self._guarded(call, config, plan)
+
+    def _say_alone(self) -> None:
+        if not self._plans:
+            _LOG.warning(
+                "megamem: schedule.name is %s, and there is one pipeline rank only: Megatron's own loop runs",
+                self.options.name,
+            )
+
+    def _check(self, call: _Call, config: Any) -> None:
+        """Once per model: refuse what cannot be run, before the first message."""
+        if all(chunk in self._known for chunk in call.chunks):
+            return
+        refuse(config, self.options.name)
+        if self.placement is not None:
+            self.placement.check_model(call.chunks)
+        self.linears.learn(call.chunks)
+        self._known.update(call.chunks)
+        self._chunks = [weakref.ref(chunk) for chunk in call.chunks]
+
+    def _plan(self, call: _Call) -> _Plan:
+        key = len(call.chunks), call.num_microbatches, call.forward_only
+        if key not in self._plans:
+            num_ranks, rank = call.group.size(), call.group.rank()
+            shape: Shape = "round-robin" if self.placement is None else self.placement.placement.shape
+            if call.forward_only:
+                placement = Placement(shape=shape, num_ranks=num_ranks, num_chunks=len(call.chunks))
+                self._plans[key] = _Plan.of(forward_order(placement, call.num_microbatches), None, rank)
+            else:
+                planned = plan_schedule(
+                    self.options,
+                    num_ranks=num_ranks,
+                    num_microbatches=call.num_microbatches,
+                    num_chunks=len(call.chunks),
+                    shapes=(shape,),
+                )
+                self._refuse_idle_split(planned.schedule)
+                self._plans[key] = _Plan.of(planned.schedule, planned, rank)
+        return self._plans[key]
+
+    def _refuse_idle_split(self, schedule: Schedule) -> None:
+        if schedule.splits_backward and not self.linears.any:
+            raise UnsupportedError(
+                f"schedule {schedule.name} computes weight gradients apart, and this model has no linear layer that "
+                "can: they are Transformer Engine's, or not made of tensor_parallel.ColumnParallelLinear and "
+                "RowParallelLinear. Use 1f1b or interleaved, or the local transformer implementation"
+            )
+
+    def _guarded(self, call: _Call, config: Any, plan: _Plan) -> list[Any]:
+        links, notice = self._connected(call, plan)
+        stages = _Stages(self, call, config, plan, links.device)
+        trace = Trace(links.rank, links.device) if self.records and not call.forward_only else None
+        mailbox = Mailbox(links, plan.schedule.placement, links.rank, _formats(call, config, links.device))
+        loop = Loop(stages, mailbox, notice, keeps=not call.forward_only, trace=trace)
+        try:
+            result = stages.step(loop)
+        except BaseException as error:
+            self._fail(error, loop.current)
+            raise
+        finally:
+            notice.end()
+        if trace is not None:
+            self.trace = trace
+        return result
+
+    def _connected(self, call: _Call, plan: _Plan) -> tuple[Links, FailureNotice]:
+        ranks = dist.get_process_group_ranks(call.group)
+        if self._links is None or self._links.ranks != tuple(ranks):
+            device = next(call.chunks[0].parameters()).device
+            self._links = Links(ranks, call.group.rank(), device, self._store())
+        links = self._links
+        if self._notice is None:
+            self._notice = FailureNotice(self._store(), self._wake)
+        if (earlier := self._notice.begin()) is not None:
+            self._leave()
+            raise PipelineError(f"before this rank began its step: {earlier}")
+        links.open(plan.schedule.placement, self._notice.epoch)
+        return links, self._notice
+
+    def _store(self) -> Any:
+        return distributed_c10d.PrefixStore(f"megamem/{self._name}", distributed_c10d._get_default_store())
+
+    def _wake(self) -> None:
+        """Called by the thread that watches for failures: end what waits on the device."""
+        if self._links is not None and self._links.device.type == "cuda":
+            self._links.close()
+
+    def _leave(self) -> None:
+        """After a failure: nothing of the step may be left, and nothing of its connections."""
+        assert self._links is not None and self._notice is not None
+        self.queue.clear()
+        self._links.close()
+        self._notice.next_epoch()
+
+    def _fail(self, error: BaseException, action: Action | None) -> None:
+        """Tell the other ranks, and raise what failed first. What is no Exception (an interrupt) passes through."""
+        assert self._links is not None and self._notice is not None
+        where = f"in {action}" if action is not None else "outside of the schedule's actions"
+        rank = self._links.rank
+        what = (
+            f"pipeline rank {rank} (global {self._links.ranks[rank]}) failed {where}: {type(error).__name__}: {error}"
+        )
+        first = self._notice.publish(what)
+        self._leave()
+        if isinstance(error, Exception):
+            raise PipelineError(first) from error
+
+
+def _shape(options: Scheduling) -> Shape:
+    """The placement that a schedule is made for. `auto` leaves the layers where Megatron puts them."""
+    if options.name == "auto":
+        return "round-robin"
+    return load_schedule(options.file).placement.shape if options.name == "file" else FAMILIES[options.name].shape
+
+
+def refuse(config: Any, name: str) -> None:
+    """Raise UnsupportedError, with every reason, where settings of the model do not go with a schedule."""
+    problems = []
+    if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        problems.append("overlap_moe_expert_parallel_comm runs the parts of a layer on a schedule of its own")
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        problems.append("defer_embedding_wgrad_compute belongs to Megatron's own cool-down")
+    if compat.uses_cuda_graphs(config):
+        problems.append(
+            "CUDA graphs are captured in the order of Megatron's own schedules; set cuda_graph_impl to none"
+        )
+    if compat.uses_fine_grained_offload(config):
+        problems.append(
+            "fine_grained_activation_offloading expects the order of Megatron's own schedules; megamem's activations "
+            "section does the same in any order"
+        )
+    if getattr(config, "hybrid_context_parallel", False):
+        problems.append("hybrid_context_parallel has a loop over microbatches of its own")
+    if getattr(config, "num_microbatches_with_partial_activation_checkpoints", None) is not None:
+        problems.append("num_microbatches_with_partial_activation_checkpoints counts microbatches as 1F1B does")
+    if problems:
+        raise UnsupportedError(
+            f"schedule.name: {name}: " + "; ".join(f"{problem}; switch it off" for problem in problems)
+        )
+
+
+def _formats(call: _Call, config: Any, device: torch.device) -> dict[Any, Format]:
+    """What messages look like, from the sizes the trainer gives."""
+    shape: tuple[int, ...] | None = None
+    shapes: dict[str, tuple[int, ...] | None] = {"F": None, "B": None}
+    if not config.variable_seq_lengths:
+        (shape,) = schedules.get_tensor_shapes(
+            **call.sizes, config=config, tp_group=call.groups.tp, cp_group=call.groups.cp
+        )
+        shapes = {"F": shape, "B": shape}
+        if call.adjust_shapes is not None:
+            # What a stage receives, and what it sends and so gets the gradient of.
+            received, sent = call.adjust_shapes([shape], [shape])
+            if len(received) != 1 or len(sent) != 1:
+                raise UnsupportedError(
+                    "adjust_tensor_shapes_fn asks for several tensors per message; only one is possible"
+                )
+            shapes = {"F": tuple(received[0]), "B": tuple(sent[0])}
+    return {
+        direction: Format(shape=size, dtype=config.pipeline_dtype, device=device) for direction, size in shapes.items()
+    }
+
+
+@final
+class _Stages(AbstractStages):
+    """The chunks of a rank during one step."""
+
+    def __init__(self, owner: MegatronSchedule, call: _Call, config: Any, plan: _Plan, device: torch.device) -> None:
+        self._queue, self._placement = owner.queue, owner.placement
+        self._call, self._config, self._plan = call, config, plan
+        place, rank = plan.schedule.placement, call.group.rank()
+        self._is_last = [place.stage(rank, chunk) == place.num_stages - 1 for chunk in range(place.num_chunks)]
+        self._results: dict[int, list[Any]] = {}
+        self._num_tokens = torch.zeros([], dtype=torch.int, device=device)
+        self._sync = _GradientSync(config, call.chunks, plan)
+        self._extra = {"model_type": None} if compat.backward_step_takes_model_type() else {}
+
+    def step(self, loop: Loop) -> list[Any]:
+        """The whole step: timers, loop, and what trainers expect at its end."""
+        call, config = self._call, self._config
+        if config.timers is not None:
+            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+        with self._sync.step(call.forward_only):
+            loop.run(self._plan.actions)
+        loop.current = None
+        results = [result for _, made in sorted(self._results.items()) for result in made]
+        if self._placement is not None:
+            self._placement.hand_over_tokens(self._num_tokens)
+            results = self._placement.hand_over_losses(results)
+        if config.finalize_model_grads_func is not None and not call.forward_only:
+            self._finalize()
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+        return results
+
+    def _finalize(self) -> None:
+        call = self._call
+        options: dict[str, Any] = {"pg_collection": call.groups}
+        if compat.takes_force_all_reduce(call.step):
+            options["force_all_reduce"] = call.force_all_reduce
+        tokens = self._num_tokens if self._config.calculate_per_token_loss else None
+        self._config.finalize_model_grads_func(call.chunks, tokens, **options)
+
+    def forward(self, action: Action, received: Tensor | None) -> Tensor:
+        _, chunk, microbatch, *_ = action
+        call, is_last = self._call, self._is_last[chunk]
+        is_first = action in self._plan.first
+        if is_first:
+            self._sync.before_first_forward(chunk)
+        made: list[Any] = []
+        with self._in_chunk(action):
+            output, num_tokens = schedules.forward_step(
+                call.forward_step_func,
+                call.iterators[chunk],
+                call.chunks[chunk],
+                call.num_microbatches,
+                received,
+                made,
+                self._config,
+                call.groups.cp.size(),
+                collect_non_loss_data=call.collect_non_loss_data,
+                is_first_microbatch=schedules.check_first_val_step(call.first_val_step, call.forward_only, is_first),
+                current_microbatch=microbatch,
+                vp_stage=chunk if len(call.chunks) > 1 else None,
+                is_last_stage=is_last,
+            )
+        if is_last:
+            self._results[microbatch] = made
+            self._num_tokens += num_tokens
+        return output  # type: ignore[no-any-return]
+
+    def backward(
+        self, action: Action, received: Tensor | None, output: Tensor, gradient: Tensor | None
+    ) -> Tensor | None:
+        with self._sync.around(action), self._in_chunk(action):
+            result: Tensor | None = schedules.backward_step(
+                input_tensor=received,
+                output_tensor=output,
+                output_tensor_grad=gradient,
+                config=self._config,
+                **self._extra,
+            )
+        return result
+
+    def weight(self, action: Action) -> None:
+        with self._sync.around(action):
+            self._queue.run(action.chunk, action.microbatch, action.part, action.parts)
+
+    def release(self, output: Tensor) -> None:
+        schedules.deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
+
+    @contextlib.contextmanager
+    def _in_chunk(self, action: Action) -> Iterator[None]:
+        """What holds while a chunk runs: where its weight gradients go, and which stage Megatron believes it is."""
+        key = action.chunk, action.microbatch
+        if key in self._plan.split:
+            self._queue.collect(*key)
+        try:
+            if self._placement is None:
+                yield
+            else:
+                with self._placement.as_stage(action.chunk):
+                    yield
+        finally:
+            self._queue.stop()
+
+
+class _GradientSync:
+    """Overlapped reductions: a chunk's gradients are reduced while its last microbatch makes them, and not before."""
+
+    def __init__(self, config: Any, chunks: Sequence[Module], plan: _Plan) -> None:
+        self._config, self._chunks, self._plan = config, chunks, plan
+        self._open: dict[int, contextlib.AbstractContextManager[Any]] = {}
+        self._grad_sync = _per_chunk(config.grad_sync_func, chunks)
+        self._param_sync = _per_chunk(config.param_sync_func, chunks) if len(chunks) > 1 else None
+        self._unsynced = list(range(len(chunks)))
+
+    @contextlib.contextmanager
+    def step(self, forward_only: bool) -> Iterator[None]:
+        """No reduction starts inside, but where `around` lets it."""
+        if forward_only:
+            self._grad_sync = self._param_sync = None
+        no_sync = self._config.no_sync_func
+        functions = no_sync if isinstance(no_sync, list) else [no_sync] if no_sync is not None else []
+        self._functions = functions
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._leave_all)
+            for index in range(len(functions)):
+                self._enter(index)
+            yield
+
+    @contextlib.contextmanager
+    def around(self, action: Action) -> Iterator[None]:
+        """Around an action that makes gradients."""
+        index = min(action.chunk, len(self._functions) - 1)
+        reduces = action in self._plan.last and bool(self._functions) and self._grad_sync is None
+        if reduces:
+            self._leave(index)
+        try:
+            yield
+        finally:
+            if reduces:
+                self._enter(index)
+        if self._grad_sync is not None and action in self._plan.last_gradient:
+            self._leave_all()
+            self._grad_sync[action.chunk](self._chunks[action.chunk].parameters())
+            for index in range(len(self._functions)):
+                self._enter(index)
+
+    def before_first_forward(self, chunk: int) -> None:
+        """Have the parameters of this chunk and of the next one on their way."""
+        if self._param_sync is None:
+            return
+        while self._unsynced and self._unsynced[0] <= chunk + 1:
+            following = self._unsynced.pop(0)
+            self._param_sync[following](self._chunks[following].parameters())
+
+    def _enter(self, index: int) -> None:
+        context = self._functions[index]()
+        context.__enter__()
+        self._open[index] = context
+
+    def _leave(self, index: int) -> None:
+        self._open.pop(index).__exit__(None, None, None)
+
+    def _leave_all(self) -> None:
+        while self._open:
+            self._leave(next(iter(self._open)))
+
+
+def _per_chunk(functions: Any, chunks: Sequence[Module]) -> list[Callable[..., Any]] | None:
+    if functions is None:
+        return None
+    return list(functions) if isinstance(functions, list) else [functions] * len(chunks)
