@@ -9,20 +9,23 @@ ahead, where interleaved 1F1B needs 2(p-1-i) + (v-1)g. Rank 0 holds at most (v-1
 as 1F1B, for g = p; about (v+1)/2v of that for g = ceil(p/2). With equal costs the bubble is (p-1)(F+B) in costs of a
 chunk, and (p-g)(v-1) forwards and backwards more.
 
-The last group holds what the others leave. When rank 0 begins a chunk of it, the last rank must have got through the
-chunk before without waiting for rank 0: the passes in between are p-1-r ranks' worth on one side and g on the other,
-which gives r + g >= p-1 for a last group of r; ceil(p/2) follows the same way from r = g, with one to spare for the
-steady state to run without waiting.
+Groups come as in Megatron-Core, the last one with what the others leave. When rank 0 begins a chunk of a group, the
+last rank must have got through the chunk before, and for that through backwards of the group before, without waiting
+for rank 0. Between the two ranks lie p-1 passes, on either side of them one group; so two groups in a row must have p-1
+microbatches together, or both ranks wait for ever. Where the last group is too small, all groups are made nearly equal
+instead, none larger than g; this keeps the memory, and costs time where they get smaller than p/2, because rank 0 then
+waits in every chunk. What remains too small is refused. Best is a number of microbatches that g divides.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Action, Schedule
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.interleaved import Pass, pass_table
+from megamem.planner.schedules.interleaved import Pass, group_sizes, pass_table
 
 
 def smallest_group(num_ranks: int) -> int:
@@ -43,14 +46,14 @@ def one_forward_one_split(table: Sequence[Pass], num_chunks: int, ahead: int) ->
             yield Action("W", num_chunks - 1 - chunk, microbatch)
 
 
-def group_interleaved(request: Request, name: str, group: int) -> Schedule:
-    """The schedule with groups of `group` microbatches, which must fit (see `_last_group_runs`)."""
-    ranks, chunks, microbatches = request.num_ranks, request.num_chunks, request.num_microbatches
-    table = pass_table(microbatches, chunks, group)
+def group_interleaved(request: Request, name: str, group: int, sizes: Sequence[int]) -> Schedule:
+    """The schedule with groups of these sizes, of which `group` is the largest."""
+    ranks, chunks = request.num_ranks, request.num_chunks
+    table = pass_table(sizes, chunks)
     return Schedule(
         name=name,
         placement=request.placement(FAMILY.shape),
-        num_microbatches=microbatches,
+        num_microbatches=request.num_microbatches,
         ranks=tuple(
             tuple(one_forward_one_split(table, chunks, ranks - 1 - rank + (chunks - 1) * group))
             for rank in range(ranks)
@@ -59,17 +62,21 @@ def group_interleaved(request: Request, name: str, group: int) -> Schedule:
     )
 
 
+def fitting_sizes(request: Request, group: int) -> list[int] | None:
+    """Sizes of groups of at most `group`: Megatron-Core's, or else nearly equal ones; None where neither runs."""
+    microbatches, enough = request.num_microbatches, request.num_ranks - 1
+    sizes = group_sizes(microbatches, group)
+    if len(sizes) == 1 or sizes[-1] + group >= enough or (request.num_chunks - 1) * sizes[-1] < 2:
+        return sizes  # with one pass after its first, the last group has nothing to wait for
+    count = len(sizes)
+    bounds = [index * microbatches // count for index in range(count + 1)]
+    sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
+    return sizes if min(map(sum, itertools.pairwise(sizes))) >= enough else None
+
+
 def fitting_group(request: Request, least: int) -> int:
-    """The smallest group, from `least` on, whose last group runs."""
-    return next(group for group in range(least, request.num_ranks + 1) if _last_group_runs(request, group))
-
-
-def _last_group_runs(request: Request, group: int) -> bool:
-    """Whether the last group is whole, alone, or big enough not to wait for itself; so with g = p always."""
-    last = request.num_microbatches % group
-    alone = request.num_microbatches <= group
-    single_pass = (request.num_chunks - 1) * last < 2  # forwards of the last group that follow one of its own
-    return not last or alone or single_pass or last + group >= request.num_ranks - 1
+    """The smallest group, from `least` on, that runs; p always does."""
+    return next(group for group in range(least, request.num_ranks + 1) if fitting_sizes(request, group) is not None)
 
 
 def build(request: Request) -> Schedule:
@@ -81,14 +88,15 @@ def build(request: Request) -> Schedule:
             f"gis on {ranks} ranks works with groups of {least} (half the ranks, rounded up) to {ranks}, not {group}; "
             f"nearest: group {fitting_group(request, least) if group < least else ranks}"
         )
-    if not _last_group_runs(request, group):
+    sizes = fitting_sizes(request, group)
+    if sizes is None:
         microbatches, last = request.num_microbatches, request.num_microbatches % group
         raise InfeasibleError(
-            f"gis on {ranks} ranks: {microbatches} microbatches in groups of {group} leave a last group of {last}, and "
-            f"{last} + {group} is less than {ranks} - 1; nearest: group {fitting_group(request, group)}, or "
-            f"{microbatches - last} microbatches"
+            f"gis on {ranks} ranks: two groups in a row need {ranks - 1} microbatches together, and {microbatches} in "
+            f"groups of {group} leave {last} for the last one, too few to make up for; nearest: group "
+            f"{fitting_group(request, group)}, or {microbatches - last} microbatches"
         )
-    return group_interleaved(request, FAMILY.name, group)
+    return group_interleaved(request, FAMILY.name, group, sizes)
 
 
 FAMILY = Family(

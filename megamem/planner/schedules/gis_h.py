@@ -1,21 +1,23 @@
 """GIS-H: GIS with groups of half the ranks, at about (v+1)/2v of the memory of 1F1B (arXiv 2503.01328, section 4).
 
 Rank 0 holds at most (v-1) ceil(p/2) + p chunk activations. The price is a bubble longer than GIS's by (p/2)(v-1)
-forwards, and as many B less W, of a chunk. The group is larger where ceil(p/2) would leave a last group that cannot
-run (see `gis.py`). The authors' code also enlarges it where a group's passes take less time than a microbatch takes
-through all ranks; here it is the memory that is promised, and `gis` takes any group.
+forwards, and as many B less W, of a chunk, if ceil(p/2) divides the microbatches. The group is larger where they are
+too few to be divided into groups of ceil(p/2) that run (see `gis.py`). The authors' code also enlarges it where a
+group's passes take less time than a microbatch takes through all ranks; here it is the memory that is promised, and
+`gis` takes any group.
 """
 
 from __future__ import annotations
 
 from megamem.ir.schedule import Schedule
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.gis import fitting_group, group_interleaved, smallest_group
+from megamem.planner.schedules.gis import fitting_group, fitting_sizes, group_interleaved, smallest_group
 
 
 def build(request: Request) -> Schedule:
     """The schedule with the smallest group that runs."""
-    return group_interleaved(request, FAMILY.name, fitting_group(request, smallest_group(request.num_ranks)))
+    group = fitting_group(request, smallest_group(request.num_ranks))
+    return group_interleaved(request, FAMILY.name, group, fitting_sizes(request, group) or [])
 
 
 FAMILY = Family(

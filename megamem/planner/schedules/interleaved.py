@@ -13,6 +13,7 @@ With g = p and m a multiple of it the bubble is (p-1)(F+B+W)/v, and rank 0 holds
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from megamem.errors import InfeasibleError
@@ -23,16 +24,20 @@ Pass = tuple[int, int]
 """A chunk and a microbatch."""
 
 
-def pass_table(num_microbatches: int, num_chunks: int, group: int) -> list[Pass]:
-    """The forward passes of every rank in order, as (chunk, microbatch); the last group may be smaller.
+def group_sizes(num_microbatches: int, group: int) -> list[int]:
+    """Groups of `group` microbatches, the last with what they leave."""
+    whole, rest = divmod(num_microbatches, group)
+    return [group] * whole + [rest] * bool(rest)
+
+
+def pass_table(sizes: Sequence[int], num_chunks: int) -> list[Pass]:
+    """The forward passes of every rank in order, as (chunk, microbatch), for groups of these sizes.
 
     Backward passes come in the same order with chunk v-1-c for c.
     """
+    bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
     return [
-        (chunk, microbatch)
-        for first in range(0, num_microbatches, group)
-        for chunk in range(num_chunks)
-        for microbatch in range(first, min(first + group, num_microbatches))
+        (chunk, microbatch) for first, end in bounds for chunk in range(num_chunks) for microbatch in range(first, end)
     ]
 
 
@@ -53,7 +58,7 @@ def build(request: Request) -> Schedule:
     ranks, chunks, microbatches = request.num_ranks, request.num_chunks, request.num_microbatches
     group = _fitting_group(ranks, ranks, microbatches) if request.group is None else request.group
     _check_group(group, ranks, microbatches)
-    table = pass_table(microbatches, chunks, group)
+    table = pass_table(group_sizes(microbatches, group), chunks)
     return Schedule(
         name=FAMILY.name,
         placement=request.placement(FAMILY.shape),
