@@ -50,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """hidden [S, ..., D], weight [K, D], labels [whole sequence, ...] -> the four of `TokenOutputs`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, layout: Layout
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """S pass, combination and outputs."""

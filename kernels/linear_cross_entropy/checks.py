@@ -8,6 +8,8 @@ the loss and every gradient, so that it cannot be trained on unnoticed.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
@@ -18,7 +20,8 @@ from .options import LossOptions
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_seen_weights = WeakIdKeyDictionary()  # weight -> what it was called with before; forgets with the weight
+# weight -> options and first word that it was called with before; forgets with the weight
+_seen_weights: MutableMapping[torch.Tensor, set[tuple[LossOptions, int]]] = WeakIdKeyDictionary()
 
 
 def check_operands(

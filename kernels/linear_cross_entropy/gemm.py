@@ -15,7 +15,7 @@ _MIXED_DEVICES = frozenset({"cuda", "meta"})  # meta: so that allocations can be
 
 def has_mixed_matmul(device: torch.device) -> bool:
     """Whether 16-bit operands can be multiplied into an fp32 result there."""
-    return device.type in _MIXED_DEVICES and "dtype_out" in torch.ops.aten.addmm.overloads()
+    return device.type in _MIXED_DEVICES and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def matmul_into(out_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor, *, accumulate: bool) -> None:
