@@ -40,7 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": LEAVES | {"ir", "planner", "profiler", "kernels", "runtime", "patches", "report"},
     "doctor": LEAVES | {"__init__", "patches", "integrations"},
     "simulate": LEAVES | {"ir", "planner", "report"},
-    "cli": LEAVES | {"__init__", "ir", "planner", "profiler", "report", "doctor", "simulate", "integrations"},
+    "profile": LEAVES | {"ir", "integrations", "testing"},  # testing: the rig on which Megatron runs without a GPU
+    "cli": LEAVES
+    | {"__init__", "ir", "planner", "profiler", "report", "doctor", "simulate", "profile", "integrations"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"integrations", "runtime"},  # runtime: the type of one argument of `enable`
 }
@@ -49,7 +51,7 @@ HEAVY = {"torch", "megatron", "transformer_engine", "triton", "apex", "numpy"}
 TRAINERS = {"megatron", "nemo"}
 TORCH_FREE = {"ir", "planner", "errors", *CONFIG}  # not even inside a function
 # Heavy packages inside functions only.
-STARTS_FAST = {*TORCH_FREE, "patches", "report", "doctor", "simulate", "cli", "__main__", "__init__"}
+STARTS_FAST = {*TORCH_FREE, "patches", "report", "doctor", "simulate", "profile", "cli", "__main__", "__init__"}
 LIGHT = {"yaml", "packaging"}  # the base dependencies of setup.py
 
 

@@ -1,0 +1,122 @@
+"""`megamem profile`: measure what a model's layers cost on this device, for `megamem simulate --costs`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megamem.errors import ConfigError, MissingPackage
+
+EXAMPLES = """examples:
+  megamem profile --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 \\
+      --num-query-groups 8 --swiglu --disable-bias-linear --normalization RMSNorm --seq-length 8192 \\
+      --vocab-size 128256 --bf16 --link-gb-per-s 40 --output costs.json
+  torchrun --nproc-per-node 8 -m megamem profile ... --tensor-model-parallel-size 8 --sequence-parallel
+  megamem simulate --schedule auto --stages 8 --microbatches 64 --costs costs.json --memory-limit 40GiB
+
+Times are in milliseconds, memory in bytes, both per microbatch and tensor-parallel rank. Layers are Megatron-Core's
+local ones with PyTorch's attention. Without a GPU the processor is measured.
+"""
+
+
+def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure what a model's layers cost here",
+        description="Build three pipeline stages of a Megatron-Core GPT on this device, measure forward pass, input "
+        "gradient and weight gradient of each and the bytes held in between, and write a costs file.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = parser.add_argument_group("the model, named as Megatron names it")
+    model.add_argument("--num-layers", type=int, required=True)
+    model.add_argument("--hidden-size", type=int, required=True)
+    model.add_argument("--num-attention-heads", type=int, required=True)
+    model.add_argument("--ffn-hidden-size", type=int, help="default: 4 h")
+    model.add_argument("--num-query-groups", type=int, help="default: as many as heads")
+    model.add_argument("--seq-length", type=int, required=True)
+    model.add_argument("--micro-batch-size", type=int, default=1)
+    model.add_argument("--vocab-size", type=int, required=True)
+    model.add_argument("--swiglu", action="store_true")
+    model.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    model.add_argument("--disable-bias-linear", action="store_true")
+    model.add_argument("--bf16", action="store_true", help="default: fp32")
+    model.add_argument("--tensor-model-parallel-size", type=int, default=1, help="start as many ranks with torchrun")
+    model.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--link-gb-per-s", type=float, help="bandwidth between pipeline ranks (default: endless)")
+    parser.add_argument("--repetitions", type=int, default=10, help="default: 10, after 2 to warm up")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the costs file to write")
+    parser.set_defaults(run=run_profile)
+
+
+def run_profile(arguments: argparse.Namespace) -> int:
+    """Measure and write; rank 0 does the talking."""
+    _check(arguments)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module="megatron")  # about absent packages that are not needed
+    try:
+        from megamem.integrations.profile_run import profile_here
+    except ModuleNotFoundError as fault:
+        if (fault.name or "").partition(".")[0] not in ("torch", "megatron"):
+            raise
+        raise MissingPackage(f'megamem profile needs {fault.name}; pip install "megamem[train]"') from fault
+    import torch
+
+    from megamem.testing.cpu import cpu_rig
+
+    is_main = os.environ.get("RANK", "0") == "0"
+
+    def progress(what: str, done: int) -> None:
+        if is_main and sys.stderr.isatty():
+            print(f"\r{what}: {done} of {arguments.repetitions + 2}   ", end="", file=sys.stderr, flush=True)
+
+    with contextlib.nullcontext() if torch.cuda.is_available() else cpu_rig():
+        workload = profile_here(arguments, progress)
+    if is_main:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        content = workload.to_dict()
+        part = arguments.output.with_name(arguments.output.name + ".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(arguments.output)
+        print(_table(content))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Everything that is wrong with the flags, before torch is loaded."""
+    heads, tp = arguments.num_attention_heads, arguments.tensor_model_parallel_size
+    names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "vocab_size")
+    positive = (*names, "tensor_model_parallel_size", "repetitions")
+    problems = [f"--{name.replace('_', '-')} must be at least 1" for name in positive if getattr(arguments, name) < 1]
+    if not problems:
+        if arguments.hidden_size % heads:
+            problems.append(f"--hidden-size {arguments.hidden_size} is not divisible by {heads} attention heads")
+        if heads % (arguments.num_query_groups or heads):
+            problems.append(f"{heads} attention heads are not divisible by {arguments.num_query_groups} query groups")
+        if heads % tp or arguments.seq_length % tp:
+            problems.append(f"attention heads and sequence length must be divisible by tensor parallel {tp}")
+        if int(os.environ.get("WORLD_SIZE", "1")) != tp:
+            problems.append(f"start {tp} ranks with torchrun: {os.environ.get('WORLD_SIZE', '1')} are there")
+    if arguments.link_gb_per_s is not None and not arguments.link_gb_per_s > 0:
+        problems.append("--link-gb-per-s must be above 0")
+    if not arguments.output.resolve().parent.is_dir():
+        problems.append(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _table(content: dict[str, Any]) -> str:
+    rows = [("", "F ms", "B ms", "W ms", "held after F", "held after B")]
+    parts = (("layer", content["layers"][0]), ("embedding", content["first"]), ("output layer, loss", content["last"]))
+    for name, cost in parts:
+        times = [f"{cost[key]:.3f}" for key in ("forward", "backward", "weight")]
+        rows.append((name, *times, *(f"{cost[key] / 2**20:.1f} MiB" for key in ("activation", "weight_grad"))))
+    return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>14}" for cell in row[1:]) for row in rows)
