@@ -156,6 +156,8 @@ class Schedule:
     group: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.name or self.name != " ".join(self.name.split()):
+            raise ScheduleError(f"{self.name!r} is no name of a schedule: words on one line, with single spaces")
         if len(self.ranks) != self.placement.num_ranks:
             raise ScheduleError(f"{self.name}: {len(self.ranks)} lists of actions for {self.placement.num_ranks} ranks")
         if self.num_microbatches < 1:
@@ -220,6 +222,8 @@ def parse_schedule(text: str) -> Schedule:
                 if rank in ranks:
                     raise ScheduleError(f"rank {rank} is there twice")
                 ranks[rank] = tuple(map(Action.parse, value.split()))
+            elif key in head:
+                raise ScheduleError(f"{key} is there twice")
             else:
                 head[key] = value.strip()
         except ScheduleError as fault:
@@ -234,7 +238,7 @@ def _assemble(head: dict[str, str], ranks: dict[int, tuple[Action, ...]]) -> Sch
     if unknown := head.keys() - {*required, "group"}:
         raise ScheduleError(f"the schedule has unknown keys: {', '.join(sorted(unknown))}")
     num_ranks = _number(head["ranks"], "ranks")
-    if sorted(ranks) != list(range(num_ranks)):
+    if len(ranks) != num_ranks or max(ranks, default=-1) != num_ranks - 1:
         raise ScheduleError(f"ranks: {num_ranks}, and there are lines for ranks {sorted(ranks)}")
     placement = Placement(
         shape=head["placement"],  # type: ignore[arg-type]  # checked there

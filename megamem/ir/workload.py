@@ -34,7 +34,8 @@ class StageCost:
     """One microbatch on one stage.
 
     forward, backward, weight:  time of F, of B (input gradient) and of W (weight gradient); a BW takes B + W
-    activation:                 memory taken when F starts (M_B of arXiv 2401.10241, section 2.3)
+    activation:                 memory taken when F starts (M_B of arXiv 2401.10241, section 2.3); in a costs file the
+                                default is 1, and 0 for `first` and `last`
     weight_grad:                how much of it is still held between the end of B and the end of W (M_W); in a costs
                                 file the default is all of it
     offload:                    time to copy the activation to host memory, or back
@@ -192,7 +193,7 @@ def parse_costs(content: Mapping[str, Any]) -> PipelineCosts | Workload:
     comm = _real(content.get("comm", 0.0), "comm")
     if form == "stages":
         return PipelineCosts(stages=_rows(content["stages"], "stages"), comm=comm)
-    ends = {name: _row(content[name], name) for name in ("first", "last") if name in content}
+    ends = {name: _row(content[name], name, activation=0.0) for name in ("first", "last") if name in content}
     return Workload(layers=_rows(content["layers"], "layers"), comm=comm, **ends)
 
 
@@ -202,7 +203,7 @@ def _rows(rows: Any, name: str) -> tuple[StageCost, ...]:
     return tuple(_row(row, f"{name}[{index}]") for index, row in enumerate(rows))
 
 
-def _row(row: Any, name: str) -> StageCost:
+def _row(row: Any, name: str, activation: float = 1.0) -> StageCost:
     known = {item.name for item in fields(StageCost)}
     if not isinstance(row, Mapping) or not {"forward", "backward", "weight"} <= row.keys() <= known:
         raise ScheduleError(
@@ -210,7 +211,8 @@ def _row(row: Any, name: str) -> StageCost:
         )
     try:
         values = {key: _real(value, key) for key, value in row.items()}
-        return StageCost(**{"weight_grad": values.get("activation", 1.0), **values})
+        values.setdefault("activation", activation)
+        return StageCost(**{"weight_grad": values["activation"], **values})
     except ScheduleError as fault:
         raise ScheduleError(f"{name}: {fault}") from None
 

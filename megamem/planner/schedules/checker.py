@@ -27,6 +27,7 @@ from megamem.planner.schedules.simulator import price
 
 _SHOWN = 12  # problems in a message
 _AROUND = 4  # actions before and after the first one, in the excerpt
+_HOPELESS = 1000  # times fewer actions than there must be: a typing mistake in a file, not worth a list
 _TOLERANCE = 1e-9  # of a memory limit: sums of shares of an activation
 
 
@@ -104,7 +105,10 @@ def _compute_problems(schedule: Schedule, rank: int, place: dict[Action, int]) -
     for action in place:
         if action.kind == "W":
             weights.setdefault((action.chunk, action.microbatch), []).append(action)
-    end = len(schedule.ranks[rank])
+    end, pairs = len(schedule.ranks[rank]), schedule.placement.num_chunks * schedule.num_microbatches
+    if pairs > _HOPELESS * (end + 1):
+        yield Problem(rank, end, f"{end} actions are too few for {pairs} pairs of chunk and microbatch")
+        return
     for chunk in range(schedule.placement.num_chunks):
         for microbatch in range(schedule.num_microbatches):
             forward = place.get(Action("F", chunk, microbatch))
