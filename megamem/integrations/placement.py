@@ -40,8 +40,6 @@ from megamem.errors import UnsupportedError
 from megamem.integrations import compat
 from megamem.integrations.local_spec import moe_layers
 from megamem.ir.schedule import Placement
-from megamem.patches import GROUPS
-from megamem.patches.registry import apply
 from megamem.runtime.session import AbstractPlacement
 
 _CHUNKS = 2
@@ -252,14 +250,6 @@ class VPlacement(AbstractPlacement):
         box = [_packed(losses)] if self._rank == 0 else [None]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
         return _unpacked(box[0]) if self._rank == self.placement.num_ranks - 1 else []
-
-
-@contextmanager
-def v_placed() -> Iterator[VPlacement]:
-    """Models that are built while the block runs are placed as a V, for a pipeline schedule of one's own."""
-    placement = VPlacement()
-    with apply(patch.bound(placement) for patch in GROUPS["schedule.v-placement"]):
-        yield placement
 
 
 @contextmanager
