@@ -9,6 +9,9 @@ ahead, where interleaved 1F1B needs 2(p-1-i) + (v-1)g. Rank 0 holds at most (v-1
 as 1F1B, for g = p; about (v+1)/2v of that for g = ceil(p/2). With equal costs the bubble is (p-1)(F+B) in costs of a
 chunk, and (p-g)(v-1) forwards and backwards more.
 
+That is the order without a memory limit. With one, W may run later where the limit has room (`late_weights.py`); the
+costs matter for that only.
+
 Groups come as in Megatron-Core, the last one with what the others leave. When rank 0 begins a chunk of a group, the
 last rank must have got through the chunk before, and for that through backwards of the group before, without waiting
 for rank 0. Between the two ranks lie p-1 passes, on either side of them one group; so two groups in a row must have p-1
@@ -26,6 +29,7 @@ from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Action, Schedule
 from megamem.planner.schedules.family import Family, Request
 from megamem.planner.schedules.interleaved import Pass, group_sizes, pass_table
+from megamem.planner.schedules.late_weights import peak_activation, with_late_weights
 
 
 def smallest_group(num_ranks: int) -> int:
@@ -79,10 +83,34 @@ def fitting_group(request: Request, least: int) -> int:
     return next(group for group in range(least, request.num_ranks + 1) if fitting_sizes(request, group) is not None)
 
 
+def within_limit(schedule: Schedule, request: Request) -> Schedule:
+    """The published order, or for a request with a memory limit the quickest with W where the limit has room for it."""
+    if request.memory_limit is None:
+        return schedule
+    return with_late_weights(schedule, request.costs(schedule.placement), request.memory_limit)
+
+
 def build(request: Request) -> Schedule:
-    """The schedule for `request.group`, or for g = p. Raises InfeasibleError for a group that would wait for ever."""
-    ranks, group = request.num_ranks, request.num_ranks if request.group is None else request.group
+    """The schedule for `request.group`; without one for g = p, or the largest group within the memory limit.
+
+    Raises InfeasibleError for a group that would wait for ever, and for a limit that is too low.
+    """
+    ranks, limit = request.num_ranks, request.memory_limit
     least = smallest_group(ranks)
+    if request.group is not None:
+        return within_limit(_in_groups(request, request.group, least), request)
+    groups = [group for group in range(ranks, least - 1, -1) if fitting_sizes(request, group) is not None]
+    if limit is None:
+        return _in_groups(request, groups[0], least)
+    for group in groups:
+        schedule = _in_groups(request, group, least)
+        if peak_activation(schedule, request.costs(schedule.placement)) <= limit:
+            break
+    return within_limit(schedule, request)
+
+
+def _in_groups(request: Request, group: int, least: int) -> Schedule:
+    ranks = request.num_ranks
     if not least <= group <= ranks:
         raise InfeasibleError(
             f"gis on {ranks} ranks works with groups of {least} (half the ranks, rounded up) to {ranks}, not {group}; "
@@ -107,4 +135,6 @@ FAMILY = Family(
     min_chunks=2,
     max_chunks=None,
     uses_group=True,
+    uses_costs=True,
+    uses_limit=True,
 )

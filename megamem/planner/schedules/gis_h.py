@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from megamem.ir.schedule import Schedule
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.gis import fitting_group, fitting_sizes, group_interleaved, smallest_group
+from megamem.planner.schedules.gis import fitting_group, fitting_sizes, group_interleaved, smallest_group, within_limit
 
 
 def build(request: Request) -> Schedule:
-    """The schedule with the smallest group that runs."""
+    """The schedule with the smallest group that runs. Raises InfeasibleError for a memory limit that is too low."""
     group = fitting_group(request, smallest_group(request.num_ranks))
-    return group_interleaved(request, FAMILY.name, group, fitting_sizes(request, group) or [])
+    schedule = group_interleaved(request, FAMILY.name, group, fitting_sizes(request, group) or [])
+    return within_limit(schedule, request)
 
 
 FAMILY = Family(
@@ -27,4 +28,6 @@ FAMILY = Family(
     summary="GIS with groups of half the ranks: about (v+1)/2v of the memory of 1F1B (arXiv 2503.01328, 4)",
     min_chunks=2,
     max_chunks=None,
+    uses_costs=True,
+    uses_limit=True,
 )

@@ -193,6 +193,25 @@ def test_gis_h_beats_interleaved_in_memory_and_1f1b_in_both() -> None:
     )  # the figure of an independent simulator; V-Half takes 224.6 at this peak
 
 
+@pytest.mark.parametrize(
+    "workload", [Uniform(), LONG_SEQUENCE, Uniform(forward=11.3, backward=11.2, weight=8.1, comm=0.4)]
+)
+def test_a_limit_lets_gis_run_w_later_at_the_same_peak(workload: Uniform) -> None:
+    ranks, microbatches, chunks = 8, 24, 2
+    for name, limit in (("gis", 8.0), ("gis-h", 6.0)):
+        published = simulate(build(name, ranks, microbatches, chunks), workload)
+        late = build(name, ranks, microbatches, chunks, workload=workload, memory_limit=limit)
+        found = simulate(late, workload)
+        assert max(found.peak_activation) <= limit == max(published.peak_activation)
+        assert found.makespan < published.makespan
+        if name == "gis":  # the lag takes (p-1) W/v off, up to what the hops cost
+            assert found.makespan <= published.makespan - 0.8 * (ranks - 1) * workload.weight / chunks
+    chosen = build("gis", ranks, microbatches, chunks, workload=workload, memory_limit=7.0)
+    assert chosen.group == 6  # the largest whose (v-1)g + p chunk activations fit
+    with pytest.raises(InfeasibleError, match=r"groups of 4, and the memory limit is 5\.5; nearest: 6"):
+        build("gis", ranks, microbatches, chunks, workload=workload, memory_limit=5.5)
+
+
 def test_zb_2p_uses_what_b_gives_back_and_zb_1p_stays_within_its_limit() -> None:
     workload = Uniform(forward=18.5, backward=18.1, weight=9.3, comm=0.6, weight_grad=0.37)
     two = build("zb-2p", 8, 24, workload=workload)
