@@ -51,7 +51,7 @@ class _Shown:
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand. Raises MegamemError for everything that is wrong with the request."""
     if arguments.list:
-        print(_family_table())
+        print(json.dumps(_family_records(), indent=2) if arguments.json else _family_table())
         return 0
     workload, unit = _workload(arguments)
     limit = _limit(arguments.memory_limit, in_bytes=unit != _MICROBATCHES)
@@ -143,6 +143,10 @@ def _schedule(
     missing = [flag for flag in ("schedule", "stages", "microbatches") if getattr(arguments, flag) is None]
     if missing:
         raise ConfigError(f"give --{', --'.join(missing)} (or --file with a schedule, or --list)")
+    for flag in ("stages", "microbatches", "chunks", "group"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}: at least 1 is needed")
     name = arguments.schedule
     if name not in FAMILIES and name != AUTO:
         raise ConfigError(f"--schedule {name}: no such schedule; {suggestion(name, [*FAMILIES, AUTO])}")
@@ -301,6 +305,20 @@ def _table(shown: _Shown) -> str:
     return "\n".join(lines)
 
 
+def _family_records() -> list[dict[str, Any]]:
+    """What --list --json prints."""
+    return [
+        {
+            "name": family.name,
+            "placement": family.shape,
+            "min_chunks": family.min_chunks,
+            "max_chunks": family.max_chunks,
+            "summary": family.summary,
+        }
+        for family in FAMILIES.values()
+    ]
+
+
 def _family_table() -> str:
     """What --list prints."""
     rows = [("name", "placement", "chunks", "what it is")]
@@ -310,6 +328,5 @@ def _family_table() -> str:
         rows.append((family.name, family.shape, chunks, family.summary))
     rows.append((AUTO, "any", "any", "the fastest that is found within --memory-limit"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)) + "  " + row[3] for row in rows
-    )
+    columns = [[f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=True)] for row in rows]
+    return "\n".join("  ".join([*cells, row[3]]) for cells, row in zip(columns, rows, strict=True))

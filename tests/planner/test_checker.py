@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from random_schedules import one_f_one_b, random_costs, random_schedule, runs_to_its_end, schedule_of
 
-from megamem.errors import ScheduleError
+from megamem.errors import InfeasibleError, ScheduleError
 from megamem.ir.schedule import Action, Schedule, parse_schedule
 from megamem.ir.workload import Uniform
 from megamem.planner.schedules.checker import accumulates_in_order, check_schedule, find_problems
@@ -177,7 +177,7 @@ def test_the_memory_limit_is_that_of_the_simulator() -> None:
         costs = random_costs(schedule.placement, seed)
         peak = max(price(schedule, costs).peak_activation)
         check_schedule(schedule, costs=costs, memory_limit=peak)
-        with pytest.raises(ScheduleError, match="exceeds the memory limit"):
+        with pytest.raises(InfeasibleError, match="exceeds the memory limit"):
             check_schedule(schedule, costs=costs, memory_limit=peak * 0.999)
 
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from megamem.errors import ScheduleError
+from megamem.errors import InfeasibleError, ScheduleError
 from megamem.ir.schedule import COMMUNICATION, Action, Placement, Schedule
 from megamem.ir.workload import HasCosts, PipelineCosts, Uniform
 from megamem.planner.schedules.simulator import price
@@ -42,16 +42,18 @@ class Problem(NamedTuple):
 def check_schedule(schedule: Schedule, *, costs: HasCosts | None = None, memory_limit: float | None = None) -> None:
     """Raise one ScheduleError with everything that is wrong with `schedule`, or return.
 
+    It is an InfeasibleError when the schedule is in order and only needs too much memory.
+
     memory_limit: activation memory that no rank may exceed, in the unit of the costs' activations; without `costs`, in
                   activations of one microbatch on one rank. Memory is counted as in the simulator; where activations
                   are offloaded it depends on time, and the simulator is asked.
     """
-    problems = find_problems(schedule)
-    if not problems and memory_limit is not None:
-        fitting = (costs or Uniform()).costs(schedule.placement)
-        problems = _over_limit(schedule, fitting, memory_limit)
-    if problems:
+    if problems := find_problems(schedule):
         raise ScheduleError(_report(schedule, problems))
+    if memory_limit is not None:
+        fitting = (costs or Uniform()).costs(schedule.placement)
+        if problems := _over_limit(schedule, fitting, memory_limit):
+            raise InfeasibleError(_report(schedule, problems))
 
 
 def find_problems(schedule: Schedule) -> list[Problem]:
@@ -392,7 +394,7 @@ def _over_limit(schedule: Schedule, costs: PipelineCosts, limit: float) -> list[
 
 
 def _over(peak: float, limit: float) -> str:
-    return f"the rank needs {peak:.10g} of activation memory, the limit is {limit:.10g}"
+    return f"the rank needs {peak:.10g} of activation memory, the limit is {limit:.10g}; nearest: {peak:.10g}"
 
 
 def _report(schedule: Schedule, problems: list[Problem]) -> str:
