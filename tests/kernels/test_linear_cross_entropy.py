@@ -1,7 +1,7 @@
 """Loss, gradients and outputs against the definition in fp64, on one rank and on several.
 
 Errors are relative to the largest value of the reference. Inputs in fp32: 2e-6 for everything. In 16 bits, u being half
-a unit in the last place (2^-9 in bf16, 2^-12 in fp16), the reference is given the same rounded operands, and what is
+a unit in the last place of 1 (2^-8 in bf16, 2^-11 in fp16), the reference gets the same rounded operands, and what is
 left is: the logits' rounding, at most u max|l|, which moves a loss by twice that and a probability by twice that share;
 the rounding of every element of the logits' gradient d by u, which the GEMMs add up as |d| |W|; and that of the
 result by u. With fp32 logits the first is gone, and the loss has the bound of fp32.
@@ -33,7 +33,7 @@ from megamem.kernels.linear_cross_entropy import (
 )
 
 FP32 = 2e-6
-UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 Run = Callable[[int], Callable[..., list[Any]]]
 
 # Softcap x z-loss x label smoothing x ignore index.
@@ -207,7 +207,7 @@ def test_16_bits_are_within_their_rounding(dtype: Any, fp32_logits: bool, case: 
 def test_the_input_gradient_is_summed_in_fp32() -> None:
     """Of many chunks that each add little: in bf16 their sum would stop growing, in fp32 it is as good as in one."""
     problem = Problem(LossOptions(vocab_size=2000, fp32_logits=True), dtype=torch.bfloat16)
-    assert run(problem, chunk=8)["hidden"] < 3 * UNIT[torch.bfloat16]
+    assert run(problem, chunk=8)["hidden"] < 2 * UNIT[torch.bfloat16]
 
 
 def test_two_runs_give_the_same_bits() -> None:
