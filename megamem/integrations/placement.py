@@ -14,6 +14,8 @@ stage c * p + rank, so chunk 1 becomes the stage of the V when it believes to be
                    layouts, and trainers' batches.
     build          overrides what the trainer thought about first and last stage, and checks the layers afterwards.
 
+A pipeline_model_parallel_layout is read in the order of the stages, as in a ring.
+
 The first and the last stage are both on rank 0, hence Megatron's collectives over the embedding group, which holds
 the first and the last rank, have no part in a V: copies of a tied weight are set equal, and their gradients summed,
 within rank 0. The chunks' own embedding group is None. The loss is on rank 0 too, while trainers look for it on the

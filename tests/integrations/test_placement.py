@@ -84,6 +84,7 @@ def _last(*layers: int) -> Any:
 
 
 UNEVEN = {"config": {"num_layers_in_first_pipeline_stage": 2}}
+ACCOUNTED = {"config": {f"account_for_{end}_in_pipeline_split": True for end in ("embedding", "loss")}, "layers": 6}
 LAYOUT = {"config": {"pipeline_model_parallel_layout": "E|t|ttttt|ttL"}}
 MAPS: dict[str, tuple[int, Fields, list[Any]]] = {
     "2 ranks": (2, {}, [[_first(1, 2), _last(7, 8)], [_middle(3, 4), _middle(5, 6)]]),
@@ -94,6 +95,7 @@ MAPS: dict[str, tuple[int, Fields, list[Any]]] = {
         2, LAYOUT, [[_first(), _last(7, 8)], [_middle(1), _middle(2, 3, 4, 5, 6)]],
     ),
     "uneven": (2, UNEVEN, [[_first(1), _last(6, 7, 8)], [_middle(2, 3, 4), _middle(5)]]),
+    "accounted": (2, ACCOUNTED, [[_first(1), _last(6)], [_middle(2, 3), _middle(4, 5)]]),
 }  # fmt: skip
 
 

@@ -147,6 +147,7 @@ MODELS: dict[str, tuple[int, Fields]] = {
     "layout": (2, {**GPT, "v_layout": "E|t|ttttt|ttL"}),
     "bf16": (2, {**GPT, "dtype": "bfloat16"}),
     "data-parallel": (4, {**GPT, "dtype": "bfloat16", "distributed_optimizer": True}),
+    "expert-parallel": (4, {**LLAMA, **MOE, "ep": 2}),
     "tensor-parallel": (4, {**LLAMA, "tp": 2, "sp": True, "tied": True}),
 }
 
