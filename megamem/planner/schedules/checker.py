@@ -394,7 +394,7 @@ def _over_limit(schedule: Schedule, costs: PipelineCosts, limit: float) -> list[
 
 
 def _over(peak: float, limit: float) -> str:
-    return f"the rank needs {peak:.10g} of activation memory, the limit is {limit:.10g}; nearest: {peak:.10g}"
+    return f"the rank needs {peak:.14g} of activation memory, the limit is {limit:.14g}; nearest: {peak:.14g}"
 
 
 def _report(schedule: Schedule, problems: list[Problem]) -> str:
