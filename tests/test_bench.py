@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from megamem.planner.schedules.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "ci" / "bench"
-NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart")
+NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart", "schedules")
 
 pytestmark = pytest.mark.megatron
 
@@ -76,6 +78,17 @@ def test_retained_bytes(tmp_path: Path) -> None:
         # Every other layer's input is not stored.
         every = contenders["memo 0"]["host_bytes"] - contenders["memo 0, residual 2"]["host_bytes"]
         assert every == pytest.approx(case["unit_bytes"] / 2)
+
+
+def test_schedules(tmp_path: Path) -> None:
+    results = run("schedules", tmp_path / "out.json")
+    assert sum(len(row["published"]) for row in results["table5"]) == 72
+    assert all(row["published"] == row["ours"] for row in results["table5"])
+    assert (
+        {row["family"] for row in results["peaks"]} == set(FAMILIES) == {row["family"] for row in results["generators"]}
+    )
+    missed = [target["what"] for target in results["targets"] if not target["met"]]
+    assert all("within" in what and " s each" in what for what in missed), missed
 
 
 def test_bookkeeping(tmp_path: Path) -> None:
