@@ -189,10 +189,13 @@ def test_a_limit_without_costs_is_in_microbatches() -> None:
         check_schedule(one_f_one_b(4, 8), memory_limit=3)
 
 
-def test_thirds_of_an_activation_do_not_exceed_their_sum() -> None:
-    text = " ".join(f"{c}F{m}" for c in range(3) for m in range(7)) + " "
-    text += " ".join(f"{c}BW{m}" for c in (2, 1, 0) for m in range(7))
-    check_schedule(of(text, microbatches=7, chunks=3), memory_limit=7)
+def test_fifths_of_an_activation_do_not_exceed_their_sum() -> None:
+    """0.2 added fifteen times is 3.0000000000000004."""
+    text = " ".join(f"{c}F{m}" for c in range(5) for m in range(3)) + " "
+    text += " ".join(f"{c}BW{m}" for c in (4, 3, 2, 1, 0) for m in range(3))
+    schedule = of(text, microbatches=3, chunks=5)
+    assert price(schedule, Uniform()).peak_activation[0] > 3
+    check_schedule(schedule, memory_limit=3)
 
 
 def test_offloaded_memory_counts_as_long_as_the_copy_runs() -> None:

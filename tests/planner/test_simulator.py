@@ -140,10 +140,12 @@ def test_copies_of_one_direction_follow_each_other() -> None:
     assert [times[index] for index in (1, 3, 4, 5)] == [(1, 3), (3, 5), (3, 5), (5, 7)]
 
 
-def test_offloading_lowers_the_peak_of_a_chain_of_forwards() -> None:
+@pytest.mark.parametrize("offload", [0.9, 1.0])
+def test_offloading_lowers_the_peak_of_a_chain_of_forwards(offload: float) -> None:
+    """Also where a copy ends at the very moment in which the next forward but one begins."""
     chain = " ".join(f"0F{m} 0OFFLOAD{m}" for m in range(6))
     back = " ".join(f"0RELOAD{m} 0B{m} 0W{m}" for m in range(6))
-    assert simulate(of(f"{chain} {back}", microbatches=6), Uniform(offload=0.9)).peak_activation == (2,)
+    assert simulate(of(f"{chain} {back}", microbatches=6), Uniform(offload=offload)).peak_activation == (2,)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,6 @@ class _Channel:
     def __init__(self, latency: float) -> None:
         self.latency = latency
         self.posts: dict[bool, list[tuple[float, int]]] = {True: [], False: []}  # by "is a send": (time, slot)
-        self.last_arrival = 0.0
 
     def post(self, is_send: bool, time: float, slot: int) -> tuple[int, int, float] | None:
         """Post one side; the two sides' slots and the arrival when this completes a pair."""
@@ -150,8 +149,8 @@ class _Channel:
         if len(other) < len(own):
             return None
         other_time, other_slot = other[len(own) - 1]
-        self.last_arrival = max(self.last_arrival, max(time, other_time) + self.latency)
-        return slot, other_slot, self.last_arrival
+        # Both sides post in order of time, so a message is never there before the one ahead of it.
+        return slot, other_slot, max(time, other_time) + self.latency
 
 
 class _Replay:
