@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megamem.errors import ConfigError, ScheduleError
-from megamem.ir.schedule import SHAPES, Schedule, order_text, parse_schedule
+from megamem.ir.schedule import Schedule, order_text, parse_schedule
 from megamem.ir.workload import HasCosts, Uniform, parse_costs
 from megamem.options import Bytes, Invalid, Limit, suggestion
 from megamem.planner.schedules.checker import accumulates_in_order, check_schedule
@@ -35,7 +36,7 @@ _TRACE_UNIT = 1000.0  # microseconds that one unit of cost becomes in a trace
 
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
-    """What is shown of a schedule. `unit` names that of the memory; `front` is what `auto` found, best first."""
+    """What is shown of a schedule. `unit` names that of the memory; `front` is what `auto` found, by rising memory."""
 
     simulation: Simulation
     limit: float | None
@@ -158,17 +159,40 @@ def _schedule(
         memory_limit=limit,
     )
     if name == AUTO:
-        return _search(request, arguments.chunks)
+        return _search(arguments, request)
     chunks = FAMILIES[name].default_chunks if arguments.chunks is None else arguments.chunks
     return build_schedule(name, request.with_chunks(chunks)), ()
 
 
-def _search(request: Request, chunks: int | None) -> tuple[Schedule, tuple[dict[str, Any], ...]]:
-    """The best schedule of all families, and the Pareto front of makespan and memory."""
-    from megamem.planner.schedules.search import search
+def _search(arguments: argparse.Namespace, request: Request) -> tuple[Schedule, tuple[dict[str, Any], ...]]:
+    """The best schedule within the limit, and the Pareto front of makespan and memory."""
+    if arguments.group is not None:
+        raise ConfigError(f"--group {arguments.group}: auto chooses the groups; leave it out")
+    from megamem.planner.schedules.search import CHUNK_COUNTS, search
 
-    found = search(request, chunk_counts=None if chunks is None else (chunks,), placements=SHAPES)
-    return found.schedule, ()
+    found = search(
+        request,
+        chunk_counts=CHUNK_COUNTS if arguments.chunks is None else (arguments.chunks,),
+        progress=_report_progress if sys.stderr.isatty() else None,
+    )
+    front = [
+        {
+            "schedule": candidate.name,
+            "placement": candidate.placement.shape,
+            "chunks": candidate.placement.num_chunks,
+            "group": candidate.group,
+            "makespan": _tidy(candidate.makespan),
+            "stage_span": _tidy(candidate.stage_span),
+            "peak_activation": _tidy(candidate.peak),
+            "fits": candidate.fits,
+        }
+        for candidate in found.front
+    ]
+    return found.schedule, tuple(front)
+
+
+def _report_progress(phase: str, share: float) -> None:
+    print(f"\r{phase}: {share:.0%}\x1b[K", end="\r" if share >= 1 else "", file=sys.stderr, flush=True)
 
 
 def _read(arguments: argparse.Namespace) -> Schedule:
@@ -297,12 +321,26 @@ def _table(shown: _Shown) -> str:
         lines.append(f"  {rank:<4} {_memory(peak, shown.unit):>17} {share:>9.1%} {shown.buffers[rank]:>17}")
     if shown.limit is not None:
         lines.append(f"  limit{_memory(shown.limit, shown.unit):>17}")
+    if shown.front:
+        lines += ["", *_front_lines(shown)]
     timeline = render_text(simulation.timeline(), shutil.get_terminal_size((120, 24)).columns)
     if timeline is None:
         lines += ["", "(too long for a timeline in this terminal; --svg FILE draws it)"]
     else:
         lines += ["", timeline]
     return "\n".join(lines)
+
+
+def _front_lines(shown: _Shown) -> list[str]:
+    """The Pareto front as a table."""
+    lines = ["  more memory, less time:", "  peak activation       makespan   schedule"]
+    for row in shown.front:
+        group = f", groups of {row['group']}" if row["group"] is not None else ""
+        mark = "" if row["fits"] else "   (above the limit)"
+        peak = _memory(row["peak_activation"], shown.unit)
+        what = f"{row['schedule']}, {row['chunks']} chunks ({row['placement']}){group}{mark}"
+        lines.append(f"  {peak:>17} {row['makespan']:>12.6g}   {what}")
+    return lines
 
 
 def _family_records() -> list[dict[str, Any]]:
