@@ -1,4 +1,4 @@
-"""GIS: interleaved 1F1B with the backward pass split, at the memory of 1F1B or less (arXiv 2503.01328, section 4).
+"""GIS: interleaved 1F1B with the backward pass split, at the memory of 1F1B or less (arXiv 2503.01328).
 
     gis       groups of g microbatches, ceil(p/2) <= g <= p; p where none is asked for
     gis-h     g = ceil(p/2), in `gis_h.py`
@@ -6,8 +6,8 @@
 The passes come in the order of interleaved 1F1B (see `interleaved.py`), with two differences: every BW is a B and a W
 right after it, so that the gradient travels on before W runs; and so rank i of p needs only p-1-i + (v-1)g forwards
 ahead, where interleaved 1F1B needs 2(p-1-i) + (v-1)g. Rank 0 holds at most (v-1)g + p chunk activations: v p, as much
-as 1F1B, for g = p; about (v+1)/2v of that for g = ceil(p/2). With equal costs the bubble is (p-1)(F+B) in costs of a
-chunk, and (p-g)(v-1) forwards and backwards more.
+as 1F1B, for g = p; about (v+1)/2v of that for g = ceil(p/2). In costs of a chunk the bubble is (p-1)(F+B) for g = p,
+and about (p-g)(v-1)(F+B-W) more for smaller groups.
 
 That is the order without a memory limit. With one, W may run later where the limit has room (`late_weights.py`); the
 costs matter for that only.
@@ -131,7 +131,7 @@ FAMILY = Family(
     name="gis",
     shape="round-robin",
     build=build,
-    summary="interleaved 1F1B with split backward, at the memory of 1F1B or less by group (arXiv 2503.01328, 4)",
+    summary="interleaved 1F1B with split backward, at the memory of 1F1B or less by group (arXiv 2503.01328)",
     min_chunks=2,
     max_chunks=None,
     uses_group=True,

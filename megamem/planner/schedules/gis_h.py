@@ -1,4 +1,4 @@
-"""GIS-H: GIS with groups of half the ranks, at about (v+1)/2v of the memory of 1F1B (arXiv 2503.01328, section 4).
+"""GIS-H: GIS with groups of half the ranks, at about (v+1)/2v of the memory of 1F1B (arXiv 2503.01328).
 
 Rank 0 holds at most (v-1) ceil(p/2) + p chunk activations. The price is a bubble longer than GIS's by (p/2)(v-1)
 forwards, and as many B less W, of a chunk, if ceil(p/2) divides the microbatches. The group is larger where they are
@@ -25,7 +25,7 @@ FAMILY = Family(
     name="gis-h",
     shape="round-robin",
     build=build,
-    summary="GIS with groups of half the ranks: about (v+1)/2v of the memory of 1F1B (arXiv 2503.01328, 4)",
+    summary="GIS with groups of half the ranks: about (v+1)/2v of the memory of 1F1B (arXiv 2503.01328)",
     min_chunks=2,
     max_chunks=None,
     uses_costs=True,

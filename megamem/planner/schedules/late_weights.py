@@ -1,8 +1,8 @@
 """W later than right after its B, where memory has room for it: the step that turns GIS into its zero-bubble form.
 
-The published orders of GIS run each W right after its B (arXiv 2503.01328, section 4). The peak is that of rank 0; rank
-i holds i chunk activations less. With that room, rank i can let W lag i passes behind, as ZB-H1 does (arXiv 2401.10241,
-section 3.1), which takes another (p-1) W/v off the bubble at the same peak; this is also the order of torch's
+The published orders of GIS run each W right after its B (arXiv 2503.01328). The peak is that of rank 0; rank i holds i
+chunk activations less. With that room, rank i can let W lag i passes behind, as ZB-H1 does (arXiv 2401.10241, section
+2.1), which takes up to (p-1) W/v off the bubble at the same peak; this is also the order of torch's
 ScheduleInterleavedZeroBubble. With real costs more can be had by putting W where a rank waits.
 
 `with_late_weights` tries the order as it is, with the lag, and with W placed by simulated waits (`weight_placement`),

@@ -1,4 +1,4 @@
-"""PipeOffload: a uniform repeat whose activations go to host memory between F and B (arXiv 2503.01328, section 3).
+"""PipeOffload: a uniform repeat whose activations go to host memory between F and B (arXiv 2503.01328).
 
     po-h    the lower half of the chunks is offloaded, `po_h.py`
     po-f    all chunks, `po_f.py`

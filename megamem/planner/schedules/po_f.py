@@ -1,4 +1,4 @@
-"""PO-F: PipeOffload with all chunks in host memory (arXiv 2503.01328, section 3; `pipe_offload.py`).
+"""PO-F: PipeOffload with all chunks in host memory (arXiv 2503.01328; `pipe_offload.py`).
 
 What remains is a few chunks of one microbatch, whatever the number of ranks, if the copies are quick enough
 (`StageCost.offload`): both ways must fit into the time of the microbatch's F, B and W.
@@ -20,7 +20,7 @@ FAMILY = Family(
     name="po-f",
     shape="round-robin",
     build=build,
-    summary="PipeOffload, all chunks in host memory between F and B (arXiv 2503.01328, 3)",
+    summary="PipeOffload, all chunks in host memory between F and B (arXiv 2503.01328)",
     min_chunks=2,
     max_chunks=None,
     uses_costs=True,

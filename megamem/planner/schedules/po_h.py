@@ -1,4 +1,4 @@
-"""PO-H: PipeOffload with the lower half of the chunks in host memory (arXiv 2503.01328, section 3; `pipe_offload.py`).
+"""PO-H: PipeOffload with the lower half of the chunks in host memory (arXiv 2503.01328; `pipe_offload.py`).
 
 These live longest, so that about a quarter of the memory of 1F1B remains, (v+2)/8v, if the copies are quick enough
 (`StageCost.offload`); the further they are from it, the more stays on the device.
@@ -20,7 +20,7 @@ FAMILY = Family(
     name="po-h",
     shape="round-robin",
     build=build,
-    summary="PipeOffload, half of the chunks in host memory between F and B (arXiv 2503.01328, 3)",
+    summary="PipeOffload, half of the chunks in host memory between F and B (arXiv 2503.01328)",
     min_chunks=2,
     max_chunks=None,
     uses_costs=True,

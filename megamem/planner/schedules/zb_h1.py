@@ -1,4 +1,4 @@
-"""ZB-H1 (arXiv 2401.10241, section 3.1): 1F1B with W put off, at the memory of 1F1B.
+"""ZB-H1 (arXiv 2401.10241, section 2.1): 1F1B with W put off, at the memory of 1F1B.
 
 Rank i of p runs p-1-i forwards ahead, as 1F1B does, then F and B in turn. The weight gradients lag i microbatches
 behind, so that B goes down the pipeline at once and W fills what was the bubble. Bubble (p-1)(F+B-W); rank i holds
@@ -42,5 +42,5 @@ FAMILY = Family(
     name="zb-h1",
     shape="round-robin",
     build=build,
-    summary="zero bubble H1: 1F1B with W put off, same memory (arXiv 2401.10241, 3.1)",
+    summary="zero bubble H1: 1F1B with W put off, same memory (arXiv 2401.10241, 2.1)",
 )

@@ -1,4 +1,4 @@
-"""ZB-H2 (arXiv 2401.10241, section 3.2): no bubble within a rank, at nearly twice the memory of 1F1B.
+"""ZB-H2 (arXiv 2401.10241, section 2.2): no bubble within a rank, at nearly twice the memory of 1F1B.
 
 Rank i of p runs 2(p-1-i) forwards ahead instead of p-1-i, and its weight gradients lag 2i microbatches behind. Bubble
 (p-1)(F+B-2W) as the paper counts it, from a rank's own first action to its own last; with an optimizer step that waits
@@ -27,5 +27,5 @@ FAMILY = Family(
     name="zb-h2",
     shape="round-robin",
     build=build,
-    summary="zero bubble H2: no bubble within a rank, twice the memory (arXiv 2401.10241, 3.2)",
+    summary="zero bubble H2: no bubble within a rank, twice the memory (arXiv 2401.10241, 2.2)",
 )

@@ -1,5 +1,4 @@
-"""ZB-1p and ZB-2p: the zero bubble heuristic with real costs and a memory limit (arXiv 2401.10241, section 3 and
-appendix D).
+"""ZB-1p and ZB-2p: the zero bubble heuristic with real costs and a memory limit (arXiv 2401.10241, section 3.1).
 
     zb-1p    the limit is p M_B of the rank, the memory of 1F1B
     zb-2p    the limit is 2p M_B, beyond which more memory hardly helps
@@ -249,7 +248,7 @@ ZB_1P = Family(
     name="zb-1p",
     shape="round-robin",
     build=build_1p,
-    summary="zero bubble heuristic with the memory of 1F1B, or within a limit (arXiv 2401.10241, 3)",
+    summary="zero bubble heuristic with the memory of 1F1B, or within a limit (arXiv 2401.10241, 3.1)",
     uses_costs=True,
     uses_limit=True,
 )
@@ -257,7 +256,7 @@ ZB_2P = Family(
     name="zb-2p",
     shape="round-robin",
     build=build_2p,
-    summary="zero bubble heuristic with twice the memory of 1F1B, or within a limit (arXiv 2401.10241, 3)",
+    summary="zero bubble heuristic with twice the memory of 1F1B, or within a limit (arXiv 2401.10241, 3.1)",
     uses_costs=True,
     uses_limit=True,
 )
