@@ -62,7 +62,7 @@ def _stock_meter(args: argparse.Namespace) -> contextlib.AbstractContextManager[
     """Counts activations in a stock run: to compare with, and on CPUs, which have no memory statistics, always."""
     if not (args.compare or args.on_cpu):
         return contextlib.nullcontext()
-    from megamem.integrations.megatron_core import measured_activations
+    from megamem.integrations.metering import measured_activations
 
     return measured_activations()
 

@@ -252,8 +252,8 @@ class Scheduling(Section):
     trace: str | Literal["none"] = option(
         File(),
         "none",
-        "Write the measured times of the last step's actions, beside the predicted ones, as a Chrome trace that "
-        "ui.perfetto.dev opens.",
+        "Write the measured times of the third step's actions, beside those predicted from the same costs, as a Chrome "
+        "trace that ui.perfetto.dev opens; FILE.costs.json gets the measured costs, which schedule.costs takes.",
     )
 
     @classmethod

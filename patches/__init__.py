@@ -17,6 +17,7 @@ from megamem.patches.registry import Patch
 
 GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "activations": (*transformer_layer.PATCHES, *schedules.PATCHES),
+    "activations.layers": transformer_layer.PATCHES,
     "schedule": (*schedules.PATCHES, *layers.PATCHES),
     "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),
 }

@@ -14,8 +14,8 @@ import logging
 import os
 import secrets
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -27,9 +27,11 @@ from megamem.config import Config, load_config
 from megamem.errors import ConfigError, MissingPackage, NotLiveError, UnsupportedError
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
-from megamem.integrations.megatron_layer import MegatronLayer
+from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_schedule import MegatronSchedule
-from megamem.integrations.report import ActivationReport
+from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
+from megamem.integrations.report import ActivationReport, Report
+from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
 from megamem.patches import GROUPS
 from megamem.patches.registry import Applied, apply
 from megamem.planner.activations import plan_activations
@@ -92,6 +94,7 @@ class Session(AbstractSession):
         self.config, self.host_nbytes = config, host_nbytes
         self.engine: ActivationEngine | None = None
         self.schedule = MegatronSchedule.of(config.schedule, _agreed_name()) if config.schedule.is_on else None
+        self._trace_writer = TraceWriter(config.schedule.trace) if config.schedule.trace != "none" else None
         self._device = device
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
         self._num_built = 0
@@ -113,7 +116,7 @@ class Session(AbstractSession):
             known = self._layers[layer] = MegatronLayer(layer)
         if self.engine is None:
             self.engine = self._build_engine(layer, known.hidden(args, kwargs))
-        return self.engine.forward(known, _Bound(forward, layer), args, kwargs)
+        return self.engine.forward(known, UnpatchedForward(forward, layer), args, kwargs)
 
     def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         if self.schedule is None:
@@ -131,6 +134,8 @@ class Session(AbstractSession):
             return result
         if self.engine is not None:
             self.engine.end_step()
+        if self.schedule is not None and self._trace_writer is not None:
+            self._trace_writer.after_step(self.schedule)
         if self.config.activations.is_on and not self._has_checked:
             self._has_checked = True
             self.check_live()
@@ -161,65 +166,6 @@ class Session(AbstractSession):
         before = experts.moe_layer_recompute
         experts.moe_layer_recompute = True
         self.undo.append(lambda: setattr(experts, "moe_layer_recompute", before))
-
-
-@final
-class _MeterSession(AbstractSession):
-    """Counts, and changes nothing."""
-
-    def __init__(self, meter: ActivationMeter) -> None:
-        self._meter = meter
-
-    def on_layer_built(self, layer: Module) -> None:
-        pass
-
-    def run_layer(
-        self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(layer, *args, **kwargs)
-        return self._meter.run(MegatronLayer(layer).parameter_storages(), _Bound(forward, layer), args, kwargs)
-
-    def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        return function.apply(*arguments)
-
-    def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return step(*args, **kwargs)
-
-
-@contextmanager
-def measured_activations() -> Iterator[ActivationMeter]:
-    """Count, in stock Megatron-Core, what transformer layers hold for their backward passes while the block runs."""
-    meter = ActivationMeter()
-    session = _MeterSession(meter)
-    with apply(patch.bound(session) for patch in GROUPS["activations"]):
-        yield meter
-
-
-class _Bound:
-    """A layer's unpatched forward: not a bound method, so that whoever holds it for a replay can be told apart."""
-
-    __slots__ = ("forward", "layer")
-
-    def __init__(self, forward: Callable[..., Any], layer: Module) -> None:
-        self.forward, self.layer = forward, layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(self.layer, *args, **kwargs)
-
-
-@final
-class Metered:
-    """Reads the engine's count, also before there is an engine."""
-
-    def __init__(self, session: Session | None) -> None:
-        self._session = session
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most device memory held for backward passes at any time so far."""
-        engine = self._session.engine if self._session is not None else None
-        return engine.peak_bytes if engine is not None else 0
 
 
 class Handle:
@@ -253,13 +199,29 @@ class Handle:
         placement = self.schedule.placement if self.schedule is not None else None
         return nullcontext() if placement is None else placement.building(chunk)
 
-    def meter(self) -> Metered:
-        """What the layers hold for their backward passes, to compare with `measured_activations`."""
-        return Metered(self._session)
+    def meter(self) -> Meter:
+        """What the layers hold for their backward passes, to compare with `measured_activations`.
 
-    def report(self) -> ActivationReport:
+        To be asked for before the model runs; without the activation engine it puts hooks around every layer.
+        """
+        engine_meter = EngineMeter(lambda: self.engine)
+        if self._session is None or self._session.schedule is None:
+            return engine_meter
+        layers: EngineMeter | ActivationMeter = engine_meter
+        if not self.config.activations.is_on:
+            layers = ActivationMeter()
+            applied = apply(patch.bound(MeterSession(layers)) for patch in GROUPS["activations.layers"])
+            self._session.undo.append(applied.revert)
+        meter = ScheduleMeter(layers, self._session.schedule.queue)
+        self._session.schedule.observe = meter.observe
+        return meter
+
+    def report(self) -> Report:
         """What the capabilities did on this rank so far; prints as a table."""
-        return ActivationReport.of(self.config, self.engine)
+        return Report(
+            activations=ActivationReport.of(self.config, self.engine) if self.config.activations.is_on else None,
+            schedule=None if self.schedule is None else ScheduleReport.of(self.schedule),
+        )
 
     def __enter__(self) -> Handle:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -165,3 +165,15 @@ def _parts(layer: Module, experts: str | None) -> Iterator[tuple[str, Module]]:
 
 def _is_identity(module: Module) -> bool:
     return type(module).__name__ in ("IdentityOp", "IdentityFuncOp")
+
+
+class UnpatchedForward:
+    """A layer's unpatched forward: not a bound method, so that whoever holds it for a replay can be told apart."""
+
+    __slots__ = ("forward", "layer")
+
+    def __init__(self, forward: Callable[..., Any], layer: Module) -> None:
+        self.forward, self.layer = forward, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(self.layer, *args, **kwargs)

@@ -144,6 +144,7 @@ class MegatronSchedule:
         self.linears = SplitLinears(self.queue)
         self.trace: Trace | None = None
         self.records = options.trace != "none"  # whether steps are traced
+        self.observe: Callable[[Action], None] | None = None  # called after every action of a training step
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
         self._links: Links | None = None
         self._notice: FailureNotice | None = None
@@ -240,6 +241,7 @@ class MegatronSchedule:
         trace = Trace(links.rank, links.device) if self.records and not call.forward_only else None
         mailbox = Mailbox(links, plan.schedule.placement, links.rank, _formats(call, config, links.device))
         loop = Loop(stages, mailbox, notice, keeps=not call.forward_only, trace=trace)
+        loop.observe = None if call.forward_only else self.observe
         try:
             result = stages.step(loop)
         except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamem.config import Config
+from megamem.integrations.schedule_report import ScheduleReport
 from megamem.runtime.activations.engine import ActivationEngine
 
 
@@ -71,9 +72,22 @@ class ActivationReport:
             rows.append(("layer runs left alone (shapes changed)", str(self.num_unplanned)))
         return rows
 
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the capabilities that are switched on did on this rank; those that are off are None. Prints as a table."""
+
+    activations: ActivationReport | None = None
+    schedule: ScheduleReport | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), ready to print."""
+        return [row for part in (self.activations, self.schedule) if part is not None for row in part.rows()]
+
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"  {name:<{width}}  {value}" for name, value in self.rows())
+        rows = self.rows()
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def _mib(nbytes: int) -> str:

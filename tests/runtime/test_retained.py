@@ -37,7 +37,7 @@ def retained(fields: Fields, config: dict[str, Any]) -> dict[str, int]:
     import torch
 
     import megamem
-    from megamem.integrations.megatron_core import measured_activations
+    from megamem.integrations.metering import measured_activations
     from megamem.testing.live import LiveStorages
     from megamem.testing.models import GptCase, build_gpt, init_parallel, unwrap
 

@@ -307,10 +307,13 @@ class ActivationEngine:
         run.kept_nbytes = 0
 
     def _sample(self, back_nbytes: int) -> None:
-        held = self.stats.retained.now + self.courier.ledger.staging_nbytes + back_nbytes
-        if self.expert_courier is not None:
-            held += self.expert_courier.ledger.staging_nbytes
-        self.stats.peak_held_nbytes = max(self.stats.peak_held_nbytes, held)
+        self.stats.peak_held_nbytes = max(self.stats.peak_held_nbytes, self.held_bytes + back_nbytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory held for backward passes that have not begun, staging buffers included, in bytes."""
+        held = self.stats.retained.now + self.courier.ledger.staging_nbytes
+        return held if self.expert_courier is None else held + self.expert_courier.ledger.staging_nbytes
 
     @property
     def peak_bytes(self) -> int:

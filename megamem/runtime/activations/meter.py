@@ -34,6 +34,11 @@ class ActivationMeter:
         self._holders: dict[int, list[int]] = {}  # storage address -> [number of holders, bytes]
 
     @property
+    def now_bytes(self) -> int:
+        """Held now."""
+        return self.retained.now
+
+    @property
     def peak_bytes(self) -> int:
         """The most that was held at once."""
         return self.retained.peak

@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megamem.ir.schedule import Action
-
-
-class TraceRow(NamedTuple):
-    """One action of one pipeline rank: seconds since the first rank began the step."""
-
-    rank: int
-    action: Action
-    start: float
-    end: float
+from megamem.ir.schedule import Action, TimedAction
 
 
 @dataclass(slots=True)
@@ -49,18 +40,21 @@ class Trace:
         """The action that began last is done."""
         self._marks[-1].end = self._now()
 
-    def rows(self) -> list[TraceRow]:
+    def rows(self) -> list[TimedAction]:
         """This rank's actions in order; on CUDA waits for the last of them. Seconds since this rank began the step."""
         if self._on_gpu and self._marks:
             self._marks[-1].end.synchronize()
         return [
-            TraceRow(self._rank, mark.action, self._since(mark.start), self._since(mark.end))
+            TimedAction(self._rank, mark.action, self._since(mark.start), self._since(mark.end))
             for mark in self._marks
             if mark.end is not None
         ]
 
-    def gather(self, group: dist.ProcessGroup) -> list[TraceRow]:
-        """The rows of all ranks of a pipeline; collective. Hosts' clocks are taken to agree, as NTP keeps them."""
+    def gather(self, group: dist.ProcessGroup) -> list[TimedAction]:
+        """The rows of all ranks of a pipeline, in seconds since the first rank began the step; collective.
+
+        Hosts' clocks are taken to agree, as NTP keeps them.
+        """
         everybody: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everybody, (self._began, self.rows()), group=group)
         first = min(began for began, _ in everybody)
