@@ -12,19 +12,31 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module of the kernels, with each of them run by the interpreter, which rounds as the GPU does."""
     pytest.importorskip("torch", reason="pip install 'megamem[train]'")
     pytest.importorskip("triton", reason="pip install 'megamem[dev]'")
-    import triton.experimental.gluon  # loaded by the first launch, and copies what is replaced below
+    import triton.experimental.gluon  # noqa: F401 - the first launch would, and it copies what is replaced below
     import triton.language as tl
     from triton.runtime import JITFunction, interpreter
 
     from megamem.kernels.linear_cross_entropy import triton as kernels
 
     monkeypatch.setattr(interpreter, "_convert_float", _rounding_converter(interpreter._convert_float))
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call_and_restore)
     # What TRITON_INTERPRET=1 does, but only if it is set before triton is imported, and then for the whole process.
     for module in (kernels, tl, tl.standard):
         for name, function in list(vars(module).items()):
             if isinstance(function, JITFunction):
                 monkeypatch.setattr(module, name, interpreter.InterpretedFunction(function.fn))
     yield kernels
+
+
+def _call_and_restore(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A device function's call; triton 3.9 leaves `triton.language` patched after it, and compiles nothing any more."""
+    from triton.runtime import interpreter
+
+    scope = interpreter._patch_lang(function.fn)
+    try:
+        return function.rewrite()(*args, **kwargs)
+    finally:
+        scope.restore()
 
 
 def _rounding_converter(original: Any) -> Any:

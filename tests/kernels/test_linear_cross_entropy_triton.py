@@ -5,6 +5,7 @@ registers; only a GPU can tell their speed (ci/bench/linear_cross_entropy.py).
 """
 
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_statistics_are_those_of_pytorch(interpreted: ModuleType, case: dict[str
         interpreted.add_statistics_(logits, labels, found, options, first_word)
         assert torch.equal(logits, untouched)
         rows.add_statistics_(logits.clone(), labels, expected, options, first_word)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)  # the logits' sums cancel
     if options.arg_max:
         assert torch.equal(found[-1], expected[-1])
 
@@ -87,8 +88,9 @@ def test_every_width_of_chunk(interpreted: ModuleType, width: int) -> None:
     found, expected = (empty_statistics(3, options, torch.device("cpu")) for _ in range(2))
     interpreted.add_statistics_(logits, labels, found, options, 0)
     rows.add_statistics_(logits.clone(), labels, expected, options, 0)
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-4)  # total and weighted: sums of 4097 numbers
     coefficients = torch.rand(len(options.coefficients), 3)
+    coefficients[0] += 12.0  # the maximum
     gradients = [logits.clone(), logits.clone()]
     interpreted.replace_by_gradient_(gradients[0], labels, coefficients, gradients[0], options, 0)
     rows.replace_by_gradient_(gradients[1], labels, coefficients, gradients[1], options, 0)
@@ -103,7 +105,7 @@ def test_the_whole_operation_with_the_kernels(interpreted: ModuleType) -> None:
     labels[3] = -100
     found: list[list[torch.Tensor]] = []
     for dtype in (torch.float32, torch.float64):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in (hidden, weight)]
         if dtype == torch.float32:
             outputs = linear_cross_entropy(*leaves, labels, options, backend="triton", chunk=64)
         else:
@@ -145,13 +147,16 @@ def test_the_interpreter_rounds_to_bf16_as_torch_does(interpreted: ModuleType) -
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("kernel", ["statistics_kernel", "gradient_kernel"])
 @pytest.mark.parametrize("case", ["plain", "everything"])
-def test_compiles_without_spills(capability: int, kernel: str, case: str) -> None:
+def test_compiles_without_spills(
+    capability: int, kernel: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from megamem.kernels.linear_cross_entropy import triton as kernels
 
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compiled now, not last week
     function = getattr(kernels, kernel)
     everything = case == "everything"
     constants = {"has_cap": everything, "block": kernels._WIDEST}
