@@ -38,13 +38,11 @@ def with_late_weights(schedule: Schedule, costs: PipelineCosts, memory_limit: fl
     caps = [memory_limit] * placement.num_ranks
     bare = [[action for action in actions if action.kind != "W"] for actions in schedule.ranks]
     lagging = [tuple(_lag(actions, rank)) for rank, actions in enumerate(schedule.ranks)]
-    best = best_of(
-        itertools.chain(
-            (place_weights(orders, placement, costs) for orders in (schedule.ranks, lagging)),
-            (place_weights(bare, placement, costs, caps, patience) for patience in PATIENCE),
-        ),
-        caps,
+    tried = itertools.chain(
+        (place_weights(orders, placement, costs, caps) for orders in (schedule.ranks, lagging)),
+        (place_weights(bare, placement, costs, caps, patience) for patience in PATIENCE),
     )
+    best = best_of(timed for timed in tried if timed is not None)
     if best is None:
         least, chunks = at_least(peak_activation(schedule, costs)), placement.num_chunks
         group = "" if schedule.group is None else f" in groups of {schedule.group}"
