@@ -25,7 +25,7 @@ from typing import Final
 
 from megamem.ir.schedule import Action, Kind, Schedule
 from megamem.planner.schedules.family import Request
-from megamem.planner.schedules.weight_placement import PATIENCE, best_of, place_weights
+from megamem.planner.schedules.weight_placement import best_of, place_weights, with_weights
 
 Block = Sequence[tuple[int, int, int, int]]
 """Per rank the slots of `PASSES`, all different modulo `PERIOD`."""
@@ -277,14 +277,12 @@ def _actions(events: Sequence[Event]) -> Iterator[Action]:
 
 
 def build_from_block(request: Request, name: str, block: Block) -> Schedule:
-    """The schedule of a block, with W placed by the request's costs."""
+    """The schedule of a block, with W placed by the request's costs within the memory that unit passes would take."""
     placement = request.placement("v")
     costs = request.costs(placement)
     orders = unit_orders(block, request.num_microbatches)
     unit = place_weights(orders, placement, costs)
     assert unit is not None  # an order of which the times are known can run
-    without = [[action for action in order if action.kind != "W"] for order in orders]
-    caps = [max(unit.peaks)] * len(orders)
-    best = best_of([unit, *(place_weights(without, placement, costs, caps, patience) for patience in PATIENCE)])
+    best = best_of(with_weights(orders, placement, costs, [max(unit.peaks)] * len(orders)))
     assert best is not None  # one of them is `unit`
     return Schedule(name=name, placement=placement, num_microbatches=request.num_microbatches, ranks=best.ranks)

@@ -32,7 +32,8 @@ _Pass = tuple[Kind, int]
 def _passes(num_ranks: int, rank: int, length: int) -> list[_Pass]:
     """Kind and chunk of the actions of a rank, for `length` >= 2p microbatches; a W is whichever is oldest."""
     after = num_ranks - rank - 1
-    warm_up: list[_Pass] = [("F", 0)] * (2 * after) + [("F", 0), ("F", 1)] * (rank + 1)
+    warm_up: list[_Pass] = [("F", 0)] * (2 * after)
+    warm_up += [("F", 0), ("F", 1)] * (rank + 1)
     warm_up += [("B", 1), ("W", 1), ("F", 1)] * after
     steady: list[_Pass] = [("F", 0), ("BW", 1), ("F", 1), ("BW", 0)] * (length - 2 * num_ranks + rank + 1)
     steady += [("BW", 1), ("F", 1), ("BW", 0)] * after

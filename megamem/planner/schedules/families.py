@@ -15,6 +15,7 @@ from megamem.planner.schedules import (
     one_f_one_b_v,
     po_f,
     po_h,
+    v_adaptive,
     v_half,
     v_min,
     zb_h1,
@@ -38,6 +39,7 @@ _ALL: tuple[Family, ...] = (
     zb_v.FAMILY,
     v_half.FAMILY,
     v_min.FAMILY,
+    v_adaptive.FAMILY,
     one_f_one_b_v.FAMILY,
     dualpipe_v.FAMILY,
 )

@@ -111,7 +111,11 @@ def place_weights(
 
 
 def _run(
-    rank: _Rank, ends: list[list[float]], patience: float, sleepers: dict[tuple[int, int], int], index: int
+    rank: _Rank,
+    ends: list[list[float]],
+    patience: float,
+    sleepers: dict[tuple[int, int], int],
+    index: int,
 ) -> list[tuple[int, int]]:
     """Run the rank until it waits for something that is not there yet; what it has finished meanwhile."""
     finished = []
@@ -175,15 +179,28 @@ def _steps(placement: Placement, costs: PipelineCosts, rank: int) -> dict[tuple[
     return steps
 
 
-def best_of(candidates: Iterable[Timed | None], caps: Sequence[float] | None = None) -> Timed | None:
-    """The candidate with the least makespan, then stage span, of those within the caps; the first of equals."""
-    within = [
-        timed
-        for timed in candidates
-        if timed is not None
-        and (caps is None or all(peak <= cap * ROUNDING for peak, cap in zip(timed.peaks, caps, strict=True)))
-    ]
-    return min(within, key=lambda timed: (_rounded(timed.makespan), _rounded(timed.stage_span)), default=None)
+def with_weights(
+    orders: Orders, placement: Placement, costs: PipelineCosts, caps: Sequence[float], *, quick: bool = False
+) -> list[Timed]:
+    """Complete orders as they are, and with W placed by the costs in several ways, as far as the caps allow.
+
+    quick: in fewer ways
+    """
+    without = [[action for action in order if action.kind != "W"] for order in orders]
+    tried = [place_weights(orders, placement, costs, caps)]
+    for patience in PATIENCE[::2] if quick else PATIENCE:
+        tried.append(place_weights(without, placement, costs, caps, patience))
+    return [timed for timed in tried if timed is not None]
+
+
+def best_of(candidates: Iterable[Timed]) -> Timed | None:
+    """The candidate with the least makespan, then stage span; the first of equals, None of none."""
+    return min(candidates, key=lambda timed: (_rounded(timed.makespan), _rounded(timed.stage_span)), default=None)
+
+
+def no_worse(timed: Timed, other: Timed) -> bool:
+    """Whether neither makespan nor stage span is longer."""
+    return timed.makespan <= other.makespan * ROUNDING and timed.stage_span <= other.stage_span * ROUNDING
 
 
 def _rounded(seconds: float) -> float:

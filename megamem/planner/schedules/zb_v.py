@@ -8,54 +8,65 @@ starts on the rank where its forward pass began. Rank r of p (from 0):
 3. F and B of chunk 0, F and B of chunk 1, in turn, while there are microbatches.
 4. What is left of B, chunk 0 and chunk 1 in turn.
 
-W follows where there is time (`weight_placement.py`).
+W follows its B at once, and in the cool-down where B leaves time.
+
+That is the best order for equal costs. For others the search of V-Adaptive and a placement of W by the costs
+(`weight_placement.py`) are tried too, and taken where neither makespan nor stage span is worse; with a memory limit
+below that of 1F1B they are the only ones.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Action, Kind, Schedule
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.weight_placement import PATIENCE, best_of, place_weights
+from megamem.planner.schedules.v_adaptive import leanest, search
+from megamem.planner.schedules.weight_placement import best_of, no_worse, place_weights, with_weights
 
 
 def closed_form(num_ranks: int, rank: int, microbatches: int) -> Iterator[Action]:
-    """F and B of one rank, for any number of microbatches; a short step is a longer one with the rest left out."""
+    """The order of one rank, for any number of microbatches; a short step is a longer one with the rest left out."""
     length = max(microbatches, 2 * num_ranks - 1)
+    started = 2 * num_ranks - 1 - rank
     passes: list[tuple[Kind, int]] = [("F", 0)] * (2 * (num_ranks - rank) - 1)
     passes += [("F", 1), ("F", 0)] * rank
-    passes += [("F", 1), ("B", 1)] * (num_ranks - rank)
-    started = 2 * num_ranks - 1 - rank
-    passes += [("F", 0), ("B", 0), ("F", 1), ("B", 1)] * (length - started)
-    passes += [("B", 0), ("F", 1), ("B", 1)] * (started - num_ranks)
+    passes += [("F", 1), ("B", 1), ("W", 1)] * (num_ranks - rank)
+    passes += [("F", 0), ("B", 0), ("W", 0), ("F", 1), ("B", 1), ("W", 1)] * (length - started)
+    passes += [("B", 0), ("W", 0), ("F", 1), ("B", 1), ("W", 1)] * (started - num_ranks)
     passes += [("B", 0), ("B", 1)] * rank
-    passes += [("B", 0)] * (num_ranks - rank)
-    counts: dict[tuple[Kind, int], int] = {}
+    passes += [("B", 0), ("W", 0)] * (num_ranks - rank)
+    passes += [("W", 1), ("W", 0)] * rank
+    counts: Counter[tuple[Kind, int]] = Counter()
     for kind, chunk in passes:
-        microbatch = counts.get((kind, chunk), 0)
-        counts[kind, chunk] = microbatch + 1
+        microbatch = counts[kind, chunk]
+        counts[kind, chunk] += 1
         if microbatch < microbatches:
             yield Action(kind, chunk, microbatch)
 
 
 def build(request: Request) -> Schedule:
-    """The best order found within p times a rank's activations of one microbatch, or the request's limit.
+    """The best schedule found within p times a rank's activations of one microbatch, or the request's limit.
 
     Raises InfeasibleError where the limit is too low.
     """
     ranks, microbatches = request.num_ranks, request.num_microbatches
     placement = request.placement(FAMILY.shape)
     costs = request.costs(placement)
-    shares = [sum(costs.stages[placement.stage(rank, chunk)].activation for chunk in (0, 1)) for rank in range(ranks)]
-    caps = [ranks * share if request.memory_limit is None else request.memory_limit for share in shares]
+    largest = max(stage.activation for stage in costs.stages)
+    limit = 2 * ranks * largest if request.memory_limit is None else request.memory_limit
+    caps = [limit] * ranks
     orders = [tuple(closed_form(ranks, rank, microbatches)) for rank in range(ranks)]
-    best = best_of(place_weights(orders, placement, costs, caps, patience) for patience in PATIENCE)
+    published = place_weights(orders, placement, costs, caps)
+    candidates = with_weights(orders, placement, costs, caps) + search(request, placement, costs, caps)
+    best = best_of(timed for timed in candidates if published is None or no_worse(timed, published))
     if best is None:
+        chunks = leanest(ranks)
         raise InfeasibleError(
-            f"{FAMILY.name}: the memory limit is {request.memory_limit:g}, and {ranks} ranks with activations of "
-            f"{max(shares):g} a microbatch need {ranks * max(shares):g}; nearest: {ranks * max(shares):g}"
+            f"{FAMILY.name}: the memory limit is {limit:g}; {ranks} ranks hold at least {chunks} activations of a "
+            f"chunk, at most {largest:g} each; nearest: {chunks * largest:g}"
         )
     return Schedule(name=FAMILY.name, placement=placement, num_microbatches=microbatches, ranks=best.ranks)
 
