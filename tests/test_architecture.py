@@ -199,7 +199,8 @@ def loads_heavy(module: str, path: str = "") -> bool:
 
 
 @pytest.mark.parametrize(
-    "module", ["megamem", "megamem.ir.activation", "megamem.planner", "megamem.cli", "megamem.patches"]
+    "module",
+    ["megamem", "megamem.ir.activation", "megamem.planner", "megamem.simulate", "megamem.cli", "megamem.patches"],
 )
 def test_the_pure_rooms_load_no_torch(module: str) -> None:
     assert not loads_heavy(module)

@@ -166,6 +166,22 @@ def test_what_is_refused(flags: list[str], reason: str, capsys: pytest.CaptureFi
     assert reason in refusal(capsys, *flags)
 
 
+def test_auto_keeps_the_limit_and_shows_what_more_memory_would_give(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--schedule", "auto", "--stages", "2", "--microbatches", "4", "--chunks", "1"]
+    tight, wide = record(capsys, *flags, "--memory-limit", "1.5"), record(capsys, *flags, "--memory-limit", "2")
+    assert max(tight["peak_activation"]) <= 1.5
+    assert wide["makespan"] < tight["makespan"]
+    assert wide["makespan"] <= record(capsys, "--schedule", "zb-h1", *flags[2:])["makespan"]
+    peaks = [row["peak_activation"] for row in tight["front"]]
+    spans = [row["makespan"] for row in tight["front"]]
+    assert peaks == sorted(peaks)
+    assert spans == sorted(spans, reverse=True)
+    assert [row["fits"] for row in tight["front"]] == [peak <= 1.5 for peak in peaks]
+    assert "(above the limit)" in run(capsys, *flags, "--memory-limit", "1.5")
+    assert "nearest: memory limit 1" in refusal(capsys, *flags, "--memory-limit", "0.5")
+    assert "auto chooses the groups" in refusal(capsys, *flags, "--group", "2")
+
+
 def test_the_list_of_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "--list").splitlines()
     assert [line.split()[0] for line in lines[1:]] == [*FAMILIES, "auto"]
