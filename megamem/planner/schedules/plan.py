@@ -156,6 +156,6 @@ def _read(path: str, num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def _search(request: Request, chunk_counts: tuple[int, ...] | None, shapes: tuple[Shape, ...]) -> Schedule:
-    from megamem.planner.schedules.search import search
+    from megamem.planner.schedules.search import CHUNK_COUNTS, search
 
-    return search(request, chunk_counts=chunk_counts, placements=shapes).schedule
+    return search(request, chunk_counts=chunk_counts or CHUNK_COUNTS, placements=shapes).schedule
