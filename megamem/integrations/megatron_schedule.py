@@ -245,7 +245,7 @@ class MegatronSchedule:
         try:
             result = stages.step(loop)
         except BaseException as error:
-            self._fail(error, loop.current)
+            self._fail(error, loop)
             raise
         finally:
             notice.end()
@@ -282,15 +282,16 @@ class MegatronSchedule:
         self._links.close()
         self._notice.next_epoch()
 
-    def _fail(self, error: BaseException, action: Action | None) -> None:
+    def _fail(self, error: BaseException, loop: Loop) -> None:
         """Tell the other ranks, and raise what failed first. What is no Exception (an interrupt) passes through."""
         assert self._links is not None and self._notice is not None
-        where = f"in {action}" if action is not None else "outside of the schedule's actions"
+        where = f"in {loop.current}" if loop.current is not None else "after its last action"
         rank = self._links.rank
         what = (
             f"pipeline rank {rank} (global {self._links.ranks[rank]}) failed {where}: {type(error).__name__}: {error}"
         )
         first = self._notice.publish(what)
+        loop.abandon()
         self._leave()
         if isinstance(error, Exception):
             raise PipelineError(first) from error

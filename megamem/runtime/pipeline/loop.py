@@ -85,6 +85,12 @@ class Loop:
                 self.observe(action)
         self._mailbox.finish()
 
+    def abandon(self) -> None:
+        """Forget what the step has made so far, after a failure: activations, and messages under way."""
+        self.saved.clear()
+        self._outgoing.clear()
+        self._mailbox.clear()
+
     def _table(self) -> dict[Kind, Callable[[Action], None]]:
         return {
             "F": self._forward,

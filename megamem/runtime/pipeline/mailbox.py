@@ -140,7 +140,7 @@ class Mailbox:
         receive = self._receives.pop(key)
         while receive.transfer is None:
             self._post_next(end.channel)
-        receive.transfer.wait()
+        _wait_for(receive)
         if direction == "B":  # the activation that this is the gradient of has arrived
             self._settle(Key("F", end.chunk, microbatch))
         return receive.tensor
@@ -149,6 +149,11 @@ class Mailbox:
         """Wait until everything that was sent has left."""
         for key in list(self._sends):
             self._settle(key)
+
+    def clear(self) -> None:
+        """Forget everything, whatever is under way: a connection closes when nothing refers to its transfers any more."""
+        for messages in (self._local, self._receives, self._sends, self._without_shape):
+            messages.clear()
 
     @property
     def held(self) -> list[Tensor]:
@@ -186,6 +191,14 @@ class Mailbox:
             if not all(transfer.is_completed() for transfer, _ in self._sends[key]):
                 return
             del self._sends[key]
+
+
+def _wait_for(receive: _Receive) -> None:
+    transfer, receive.transfer = receive.transfer, None
+    try:
+        transfer.wait()
+    finally:
+        del transfer  # else the traceback of an error would hold it, and with it the connection
 
 
 class _End(NamedTuple):
