@@ -30,6 +30,7 @@ from megamem.ir.schedule import Action, Schedule
 from megamem.planner.schedules.family import Family, Request
 from megamem.planner.schedules.interleaved import Pass, group_sizes, pass_table
 from megamem.planner.schedules.late_weights import peak_activation, with_late_weights
+from megamem.planner.schedules.weight_placement import ROUNDING
 
 
 def smallest_group(num_ranks: int) -> int:
@@ -51,7 +52,7 @@ def one_forward_one_split(table: Sequence[Pass], num_chunks: int, ahead: int) ->
 
 
 def group_interleaved(request: Request, name: str, group: int, sizes: Sequence[int]) -> Schedule:
-    """The schedule with groups of these sizes, of which `group` is the largest."""
+    """The schedule with groups of these sizes, none larger than `group`, which says how many forwards run ahead."""
     ranks, chunks = request.num_ranks, request.num_chunks
     table = pass_table(sizes, chunks)
     return Schedule(
@@ -104,7 +105,7 @@ def build(request: Request) -> Schedule:
         return _in_groups(request, groups[0], least)
     for group in groups:
         schedule = _in_groups(request, group, least)
-        if peak_activation(schedule, request.costs(schedule.placement)) <= limit:
+        if peak_activation(schedule, request.costs(schedule.placement)) <= limit * ROUNDING:
             break
     return within_limit(schedule, request)
 
