@@ -114,16 +114,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _mark_added(parameter: Any) -> torch.Tensor | None:
     """Tell Megatron's data parallelism that `main_grad` has been added to; what autograd is given for the parameter.
 
-    Its hook on the parameter runs only if a gradient arrives, and throws it away, unless `zero_out_wgrad` says that
-    another use of the weight (a tied embedding) adds to it: then it has to be zero. Megatron-Core's own linear layer
-    allocates a gradient for this. Here it is memory that is there already: that of `main_grad`, where it is thrown
-    away; else one zero, expanded, which autograd copies only if nothing else arrives.
+    Its hook on the parameter wants a gradient to arrive, and throws it away, unless `zero_out_wgrad` says that another
+    use of the weight (a tied embedding) adds to it: then it has to be zero. Megatron-Core's own linear layer allocates
+    a gradient as large as the weight for this. A sparse one without entries is zero, may be added to anything, arrives
+    like any other, and is no memory.
     """
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
     parameter.grad_added_to_main_grad = True
-    if getattr(parameter, "zero_out_wgrad", False):
-        return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-    main_grad: torch.Tensor = parameter.main_grad
-    flat = main_grad.detach().view(-1).view(parameter.dtype)
-    return flat[: parameter.numel()].view(parameter.shape)
+    nowhere = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    nothing = torch.empty(0, *parameter.shape[1:], dtype=parameter.dtype, device=parameter.device)
+    return torch.sparse_coo_tensor(nowhere, nothing, parameter.shape, check_invariants=False, is_coalesced=True)

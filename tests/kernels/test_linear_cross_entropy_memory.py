@@ -39,14 +39,18 @@ class Allocations(TorchDispatchMode):
         self.where = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        given = {leaf.untyped_storage()._cdata for leaf in _dense(args, kwargs)}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if torch.is_tensor(leaf) and leaf.untyped_storage()._cdata not in given:
+        for leaf in _dense(result):
+            if leaf.untyped_storage()._cdata not in given:
                 elements = leaf.untyped_storage().nbytes() // leaf.element_size()
                 if elements > self.largest:
                     self.largest, self.where = elements, f"{func} {tuple(leaf.shape)}"
         return result
+
+
+def _dense(*trees: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(trees) if torch.is_tensor(leaf) and leaf.layout is torch.strided]
 
 
 def operands(
