@@ -151,7 +151,7 @@ class Mailbox:
             self._settle(key)
 
     def clear(self) -> None:
-        """Forget everything, whatever is under way: a connection closes when nothing refers to its transfers any more."""
+        """Forget everything, whatever is under way: a connection closes when nothing refers to its transfers."""
         for messages in (self._local, self._receives, self._sends, self._without_shape):
             messages.clear()
 
