@@ -5,8 +5,9 @@
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel \
         --megamem-activations-policy memo --compare
 
-Two lines are megamem's: `enable`, before the model is built, and `report`, at the end (see `_run`). Without a
-`--megamem*` flag the job is stock Megatron-Core. `--compare` runs both and shows the difference.
+Three lines are megamem's: `enable`, before the model is built, `building`, around what is built for a model chunk, and
+`report`, at the end (see `_run`). Without a `--megamem*` flag the job is stock Megatron-Core. `--compare` runs both and
+shows the difference.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _run(
         stack.callback(reporter.close)
         handle = stack.enter_context(megamem.enable(config)) if config.enabled else None
         meter = handle.meter() if handle is not None else stack.enter_context(_stock_meter(args))
-        training = build_training(args)
+        training = build_training(args) if handle is None else build_training(args, handle.building)
         prepare(training)
         history = train(args, training, datasets, reporter, meter)
         if handle is not None:

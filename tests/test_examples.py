@@ -195,6 +195,46 @@ def wait_for(job: subprocess.Popen[str], text: str) -> None:
     pytest.fail("the job ended early:\n" + "".join(seen[-40:]))
 
 
+class TestPipelineSchedules:
+    """The same training on four pipeline ranks, whatever the schedule and wherever it places the layers."""
+
+    pytestmark = slow
+    # Gradient clipping adds up squares rank by rank, so its last bits depend on which rank holds which layer.
+    FLAGS = ("--pipeline-model-parallel-size", 4, "--num-layers", 8, "--clip-grad", 0, "--eval-iters", 1)
+
+    def test_a_run_goes_on_under_another_schedule_to_the_same_bits(self, folder: Path, small: list[object]) -> None:
+        save = folder / "pipeline"
+        flags = [*small, "--global-batch-size", 8, *self.FLAGS, "--save", save, "--load", save]
+        logs = {name: folder / f"{name}.jsonl" for name in ("stock", "gis-h", "v-half")}
+        run(4, *flags, "--train-iters", 6, "--save-interval", 2, "--lr-decay-iters", 6, "--log-json", logs["stock"])
+        expected = records(logs["stock"])
+        for name, start in (("gis-h", 2), ("v-half", 4)):  # the second one resumes from what the first one saved
+            (save / "latest_checkpointed_iteration.txt").write_text(f"{start}\n")
+            until = ["--train-iters", start + 2, "--lr-decay-iters", 6]
+            output = run(4, *flags, *until, "--megamem-schedule-name", name, "--log-json", logs[name])
+            assert f"resumed from iteration {start}" in output and "schedule" in output and name in output
+            found = records(logs[name])
+            assert sorted(found) == [start + 1, start + 2]
+            assert all(found[number]["loss"] == expected[number]["loss"] for number in found)
+        # The last one also evaluates, at the same iteration as the stock run.
+        losses = [line for log in ("stock", "v-half") for line in validations(logs[log])]
+        assert len(losses) == 2 and losses[0] == losses[1]
+
+    def test_auto_is_compared_with_stock(self, folder: Path, small: list[object]) -> None:
+        auto = ["--megamem-schedule-name", "auto", "--megamem-schedule-memory-limit", 3, "--compare"]
+        output = run(4, *small, "--global-batch-size", 8, *self.FLAGS, "--train-iters", 3, *auto)
+        assert "(chosen for auto)" in output
+        assert "bitwise equal" in output
+        peaks = output.partition("predicted peak")[2].splitlines()[0].split(",")
+        assert len(peaks) == 4 and max(map(float, peaks)) <= 3
+
+
+def validations(log: Path) -> list[float]:
+    """The validation losses of a JSON log."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line]
+
+
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """The script's own parser, given a corpus that is there."""
@@ -206,6 +246,9 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         return parse(["--data-text", str(tmp_path), *map(str, flags)])
 
     yield parsed
+
+
+PIPELINE = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 8"
 
 
 class TestBadFlags:
@@ -237,6 +280,17 @@ class TestBadFlags:
             (1, "--async-save", "--async-save needs --save"),
             (1, "--data-path nowhere", "give one of --data-text"),
             (1, "--num-layers 0", "--num-layers must be at least 1"),
+            (1, "--megamem-schedule-name gis", "needs --pipeline-model-parallel-size of 2"),
+            (4, f"{PIPELINE} --megamem-schedule-name gis --megamem-schedule-group 1", "nearest: group 2"),
+            (4, f"{PIPELINE} --megamem-schedule-name gis --megamem-schedule-chunks 3", "nearest: 12 layers"),
+            (
+                4,
+                f"{PIPELINE} --megamem-schedule-name zb-h1 --num-virtual-stages-per-pipeline-rank 2",
+                "zb-h1 works with 1 chunks per rank, not 2; nearest: 1 chunks",
+            ),
+            (4, f"{PIPELINE} --megamem-schedule-name v-half --megamem-schedule-memory-limit 1", "limit"),
+            (4, f"{PIPELINE} --megamem-schedule-name 1f1b --megamem-schedule-memory-limit 4GiB", "megamem profile"),
+            (4, f"{PIPELINE} --megamem-schedule-name file --megamem-schedule-file nowhere", "nowhere: cannot be read"),
         ],
     )
     def test_is_one_line_before_anything_starts(self, parse: Any, ranks: int, flags: str, message: str) -> None:

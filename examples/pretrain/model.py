@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -124,7 +126,10 @@ def _layer_spec(args: argparse.Namespace, config: TransformerConfig, vp_stage: i
 
 
 def _build_chunk(args: argparse.Namespace, config: TransformerConfig, stage: int | None) -> Any:
-    """The part of the model that belongs to one virtual pipeline stage of this rank."""
+    """The part of the model that belongs to one virtual pipeline stage of this rank.
+
+    Under a V placement megamem corrects `pre_process` and `post_process`, which follow from Megatron's own placement.
+    """
     last = (args.virtual_stages or 1) - 1
     model = GPTModel(
         config,
@@ -161,11 +166,20 @@ def _wrap(args: argparse.Namespace, config: TransformerConfig, chunks: list[Any]
     ]
 
 
-def build_training(args: argparse.Namespace) -> Training:
-    """Model, optimizer and schedule, freshly initialised from the current seeds."""
+def build_training(
+    args: argparse.Namespace, building: Callable[[int], AbstractContextManager[None]] = lambda chunk: nullcontext()
+) -> Training:
+    """Model, optimizer and schedule, freshly initialised from the current seeds.
+
+    `building(chunk)` surrounds what is built for a chunk: layer specs too must see where megamem places it.
+    """
     config = transformer_config(args)
     stages: list[int | None] = [None] if args.virtual_stages is None else list(range(args.virtual_stages))
-    chunks = _wrap(args, config, [_build_chunk(args, config, stage) for stage in stages])
+    parts = []
+    for stage in stages:
+        with building(stage or 0):
+            parts.append(_build_chunk(args, config, stage))
+    chunks = _wrap(args, config, parts)
     optimizer = get_megatron_optimizer(_optimizer_config(args), chunks)
     samples = args.global_batch_size
     scheduler = OptimizerParamScheduler(

@@ -32,7 +32,7 @@ def plan_pipeline(args: argparse.Namespace, config: Config) -> list[str]:
             num_layers=args.num_layers,
         )
     except MegamemError as error:
-        return [f"--megamem-schedule-name {config.schedule.name}: {error}"]
+        return f"--megamem-schedule-name {config.schedule.name}: {error}".splitlines()
     chunks = planned.schedule.placement.num_chunks
     args.virtual_stages = chunks if chunks > 1 else None
     return []
