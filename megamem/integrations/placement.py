@@ -4,8 +4,11 @@
     chunk 0   stage 0  stage 1  stage 2  stage 3
     chunk 1   stage 7  stage 6  stage 5  stage 4        (arXiv 2405.15362, section 3)
 
+With four or more chunks the V is repeated: every odd chunk runs backwards through the ranks. Their number is even, so
+that the model begins and ends on rank 0.
+
 Megatron-Core derives what a chunk holds from two numbers: its virtual stage c and its pipeline rank. In a ring that is
-stage c * p + rank, so chunk 1 becomes the stage of the V when it believes to be on rank p - 1 - r, its *logical* rank.
+stage c * p + rank, so an odd chunk becomes its stage of the V by believing to be on rank p - 1 - r, its *logical* rank.
 `VPlacement` makes it believe so, without a changed file:
 
     LogicalGroup   the pipeline group as a chunk sees it: rank() is the logical one. It sits in the chunk's own
@@ -43,8 +46,6 @@ from megamem.integrations import compat
 from megamem.integrations.local_spec import moe_layers
 from megamem.ir.schedule import Placement
 from megamem.runtime.session import AbstractPlacement
-
-_CHUNKS = 2
 
 
 @final
@@ -84,13 +85,13 @@ class VPlacement(AbstractPlacement):
     def __init__(self) -> None:
         self._group = parallel_state.get_pipeline_model_parallel_group()
         self._rank: int = self._group.rank()
-        _check_layout(self._group.size())
-        self.placement = Placement(shape="v", num_ranks=self._group.size(), num_chunks=_CHUNKS)
-        self._waiting: list[weakref.ref[Module]] = []  # chunks 0 with a tied weight, whose chunk 1 is not built yet
+        chunks = _check_layout(self._group.size())
+        self.placement = Placement(shape="v", num_ranks=self._group.size(), num_chunks=chunks)
+        self._waiting: list[weakref.ref[Module]] = []  # first stages with a tied weight, whose last is not built yet
         self._announced: int | None = None
 
     def stage(self, chunk: int) -> int:
-        """The stage that a chunk of this rank is, 0 .. 2p-1."""
+        """The stage that a chunk of this rank is, from 0."""
         return self.placement.stage(self._rank, chunk)
 
     def logical_rank(self, chunk: int) -> int:
@@ -117,8 +118,10 @@ class VPlacement(AbstractPlacement):
     @contextmanager
     def building(self, chunk: int) -> Iterator[None]:
         """`as_stage` for a user's code around the constructor: layer specs, data sets, what a builder asks for."""
-        if chunk not in range(_CHUNKS):
-            raise UnsupportedError(f"a V has chunks 0 and 1 on every rank, no chunk {chunk}")
+        if chunk not in range(self.placement.num_chunks):
+            raise UnsupportedError(
+                f"this V has chunks 0 to {self.placement.num_chunks - 1} on every rank, no chunk {chunk}"
+            )
         before, self._announced = self._announced, chunk
         try:
             with self.as_stage(chunk):
@@ -138,7 +141,7 @@ class VPlacement(AbstractPlacement):
         if groups.pp.size() == 1:  # a model of its own beside the pipeline
             construct(*given.args, **given.kwargs)
             return
-        problems = [*_problems(values, self.placement.num_ranks, self._announced)]
+        problems = [*_problems(values, self.placement, self._announced)]
         if problems:
             raise UnsupportedError("V placement: " + "; ".join(problems))
         chunk: int = self._announced if values["vp_stage"] is None else values["vp_stage"]  # type: ignore[assignment]
@@ -173,7 +176,8 @@ class VPlacement(AbstractPlacement):
             if first is not None:
                 return first
         raise UnsupportedError(
-            "V placement: chunk 1 of a model with tied embeddings was built before its chunk 0, whose weight it copies"
+            "V placement: the last chunk of a model with tied embeddings was built before its chunk 0, whose weight it "
+            "copies"
         )
 
     def layer_numbers(self, config: Any, stage: int) -> range:
@@ -216,10 +220,10 @@ class VPlacement(AbstractPlacement):
         """Raise UnsupportedError unless `chunks` are this rank's chunks, in order, and were built by this placement."""
         models = [_inner(chunk) for chunk in chunks]
         found = [_chunk_of(model) if _is_placed(model) else "an unplaced one" for model in models]
-        if found != [*range(_CHUNKS)]:
+        if found != [*range(self.placement.num_chunks)]:
             raise UnsupportedError(
-                f"V placement: a step needs chunks 0 and 1 of pipeline rank {self._rank}, and got "
-                f"{', '.join(map(str, found))}; build the model after megamem.enable"
+                f"V placement: a step needs chunks 0 to {self.placement.num_chunks - 1} of pipeline rank {self._rank}, "
+                f"and got {', '.join(map(str, found))}; build the model after megamem.enable"
             )
 
     def sum_tied_gradients(self, chunks: Sequence[Module]) -> bool:
@@ -231,7 +235,7 @@ class VPlacement(AbstractPlacement):
             return True
         if getattr(getattr(chunks[0], "ddp_config", None), "use_megatron_fsdp", False):
             raise UnsupportedError("V placement: tied embeddings do not go with Megatron-FSDP; untie them")
-        one, other = (compat.gradient(_tied_weight(model)) for model in models)
+        one, other = (compat.gradient(_tied_weight(model)) for model in (models[0], models[-1]))
         if one is not None and other is not None:  # None: the weight is frozen
             # The same two numbers as in Megatron's all-reduce of two ranks, and addition commutes. The distributed
             # optimizer gives each copy a bucket of its own, so that both are cut into the same shards.
@@ -307,37 +311,39 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(map(function, value)) if type(value) in (list, tuple) else value
 
 
-def _check_layout(num_ranks: int) -> None:
-    """Refuse, before any model is built, a process whose parallel groups have no V."""
-    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+def _check_layout(num_ranks: int) -> int:
+    """The chunks per rank; refuses, before any model is built, a process whose parallel groups have no V."""
+    chunks: int | None = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     problems = []
     if num_ranks < 2:
         problems.append(f"it needs 2 or more pipeline ranks, and there is {num_ranks}")
-    if chunks != _CHUNKS:
+    if chunks is None or chunks % 2:
         problems.append(
-            f"it has {_CHUNKS} chunks on every rank; initialise Megatron with virtual_pipeline_model_parallel_size="
-            f"{_CHUNKS}, not {chunks}"
+            "it has 2 chunks on every rank, or another even number; initialise Megatron with "
+            f"virtual_pipeline_model_parallel_size=2, not {chunks}"
         )
     if problems:
         raise UnsupportedError("V placement: " + "; ".join(problems))
+    assert chunks is not None
+    return chunks
 
 
-def _problems(values: dict[str, Any], num_ranks: int, announced: int | None) -> Iterator[str]:
+def _problems(values: dict[str, Any], placement: Placement, announced: int | None) -> Iterator[str]:
     """Why a GPTModel with these arguments cannot be a chunk of a V."""
     config, chunk = values["config"], values["vp_stage"]
-    stages = _CHUNKS * num_ranks
+    num_ranks, chunks, stages = placement.num_ranks, placement.num_chunks, placement.num_stages
     if values["pg_collection"] is not None and values["pg_collection"].pp.size() != num_ranks:
         yield f"the model's pipeline group has {values['pg_collection'].pp.size()} ranks, the schedule's {num_ranks}"
-    if config.virtual_pipeline_model_parallel_size != _CHUNKS:
+    if config.virtual_pipeline_model_parallel_size != chunks:
         yield (
-            f"virtual_pipeline_model_parallel_size must be {_CHUNKS} in the model's configuration, "
+            f"virtual_pipeline_model_parallel_size must be {chunks} in the model's configuration, "
             f"not {config.virtual_pipeline_model_parallel_size}"
         )
     if chunk is None and announced is None:
         yield "pass vp_stage=chunk to GPTModel, or build it inside `with handle.building(chunk):`"
     if chunk is not None and announced is not None and chunk != announced:
         yield f"vp_stage={chunk} is built inside `handle.building({announced})`"
-    if chunk not in (None, *range(_CHUNKS)):
+    if chunk not in (None, *range(chunks)):
         yield f"there is no chunk {chunk}"
     if values["mtp_block_spec"] is not None or config.mtp_num_layers:
         yield "multi-token prediction keeps a third copy of the embedding; set mtp_num_layers to None"
@@ -348,7 +354,7 @@ def _problems(values: dict[str, Any], num_ranks: int, announced: int | None) -> 
     if _is_even_split(config) and config.num_layers % stages:
         near = max(stages, round(config.num_layers / stages) * stages)
         yield (
-            f"{config.num_layers} layers do not divide into {stages} stages ({num_ranks} ranks x {_CHUNKS} chunks); "
+            f"{config.num_layers} layers do not divide into {stages} stages ({num_ranks} ranks x {chunks} chunks); "
             f"the nearest number is {near}, or give pipeline_model_parallel_layout"
         )
 

@@ -94,6 +94,11 @@ MAPS: dict[str, tuple[int, Fields, list[Any]]] = {
     "pipeline layout": (
         2, LAYOUT, [[_first(), _last(7, 8)], [_middle(1), _middle(2, 3, 4, 5, 6)]],
     ),
+    "4 chunks": (
+        2,
+        {"vpp": 4},
+        [[_first(1), _middle(4), _middle(5), _last(8)], [_middle(2), _middle(3), _middle(6), _middle(7)]],
+    ),
     "uneven": (2, UNEVEN, [[_first(1), _last(6, 7, 8)], [_middle(2, 3, 4), _middle(5)]]),
     "accounted": (2, ACCOUNTED, [[_first(1), _last(6)], [_middle(2, 3), _middle(4, 5)]]),
 }  # fmt: skip
@@ -244,5 +249,5 @@ def test_what_cannot_be_placed_is_refused_and_leaves_nothing_behind(dist: Dist) 
         "is stage 3, layers [4] (with experts: [4]), but was built with layers [4] (with experts: [])"
         in (results[0]["experts"])
     )
-    assert "chunk 1 of a model with tied embeddings was built before its chunk 0" in results[0]["tied"]
+    assert "the last chunk of a model with tied embeddings was built before its chunk 0" in results[0]["tied"]
     assert results[1]["tied"] == ""  # the last stage is on rank 0

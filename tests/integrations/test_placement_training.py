@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from megamem.ir.schedule import Action, Placement
+from megamem.planner.schedules.forward_order import forward_order
+
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
 
@@ -53,7 +56,8 @@ def _pipeline(kind: str) -> Any:
     if kind in STOCK:
         yield None
         return
-    with megamem.enable({"schedule": {"name": kind}}) as handle:
+    section = {"name": "file", "file": kind} if _is_file(kind) else {"name": kind}
+    with megamem.enable({"schedule": section}) as handle:
 
         def make_spec(config: Any, chunk: int) -> Any:
             with handle.building(chunk):
@@ -62,9 +66,13 @@ def _pipeline(kind: str) -> Any:
         yield make_spec
 
 
+def _is_file(kind: str) -> bool:
+    return kind.endswith(".txt")
+
+
 def _laid_out(kind: str, fields: Fields) -> Fields:
-    """`fields` for a schedule; `v_layout` is a pipeline layout for the V alone."""
-    fields = {**fields, "vpp": None if kind == "1f1b" else 2}
+    """`fields` for a schedule; `v_layout` is a pipeline layout for the V alone. Schedules from files have 4 chunks."""
+    fields = {**fields, "vpp": None if kind == "1f1b" else 4 if _is_file(kind) else 2}
     layout = fields.pop("v_layout", None)
     if kind not in STOCK and layout is not None:
         fields["config"] = {**fields.get("config", {}), "pipeline_model_parallel_layout": layout}
@@ -138,6 +146,16 @@ def _check_equal(results: list[Any], num_stages: int) -> None:
 def test_every_schedule_on_a_v_is_bitwise_1f1b(dist: Dist, ranks: int) -> None:
     """Losses, gradients and parameters of two steps, with tied weights."""
     _check_equal(dist(ranks)(train_all, (*SCHEDULES, "1f1b"), {**LLAMA, "pp": ranks, "tied": True}), ranks)
+
+
+def test_a_v_is_repeated_where_there_are_four_chunks(dist: Dist, tmp_path: Path) -> None:
+    """All forward passes, then all backward passes, which take the mirrored chunks in the same order."""
+    placement = Placement(shape="v", num_ranks=2, num_chunks=4)
+    forward = forward_order(placement, 4)
+    ranks = [[*actions, *(Action("BW", 3 - a.chunk, a.microbatch) for a in actions)] for actions in forward.ranks]
+    path = tmp_path / "w.txt"
+    path.write_text(forward.with_ranks(ranks).to_text(), encoding="utf-8")
+    _check_equal(dist(2)(train_all, (str(path), "1f1b"), {**LLAMA, "pp": 2, "tied": True}), 2)
 
 
 MODELS: dict[str, tuple[int, Fields]] = {
