@@ -15,7 +15,7 @@ from megamem.planner.schedules.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "ci" / "bench"
-NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart", "schedules")
+NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart", "schedules", "linear_cross_entropy")
 
 pytestmark = pytest.mark.megatron
 
@@ -100,6 +100,23 @@ def test_bookkeeping(tmp_path: Path) -> None:
     for added in layers["added_microseconds"].values():
         check_summary(added["total"])
     assert [set(target) for target in results["targets"]] == [{"what", "met"}] * 2
+
+
+def test_linear_cross_entropy(tmp_path: Path) -> None:
+    results = run("linear_cross_entropy", tmp_path / "out.json", "--device", "cpu")
+    for target in results["targets"]:
+        assert target["met"], target["what"]
+    for cell in results["cells"]:
+        ran = {name: result for name, result in cell["contenders"].items() if result["status"] == "ok"}
+        assert {"megamem", "megamem, main_grad", "torch eager", "Megatron"} <= set(ran)
+        for name, result in ran.items():
+            for part in ("forward_ms", "backward_ms", "step_ms"):
+                check_summary(result[part])
+            assert max(result["relative_errors_to_torch_eager"].values()) < 1e-5, name
+        # Stock holds the logits several times over; nothing of that size is in ours.
+        assert ran["Megatron"]["peak_bytes"] > cell["logits_fp32_bytes"]
+        ours = ran["megamem, main_grad"]["peak_bytes"]
+        assert ours < cell["logits_fp32_bytes"] / 2 and ours < ran["megamem"]["peak_bytes"]
 
 
 def test_every_contender_of_gpu_layer_runs_on_a_cpu(tmp_path: Path) -> None:

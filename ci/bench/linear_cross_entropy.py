@@ -11,7 +11,7 @@ Contenders, all for the mean loss, for which the fastest of them compute gradien
     torch chunked        F.linear_cross_entropy with its default options, where torch has it (2.13)
     Megatron             F.linear and vocab_parallel_cross_entropy of Megatron-Core, with a group of one
     Megatron fused       the same with fused_vocab_parallel_cross_entropy (on a GPU: on a CPU it is not compiled)
-    Liger, CCE           LigerFusedLinearCrossEntropyLoss, cut_cross_entropy.linear_cross_entropy, if installed: on a GPU
+    Liger, CCE           LigerFusedLinearCrossEntropyLoss, cut_cross_entropy.linear_cross_entropy; both need a GPU
 
 Memory is what is added at most to hidden states, weight and main_grad: of storages seen by a dispatch mode on a CPU,
 which leaves out what an operator holds inside itself; of the allocator on a GPU. It contains the gradients that are
