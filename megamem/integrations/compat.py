@@ -127,3 +127,13 @@ def default_groups() -> Any:
     if hasattr(groups, "tp_dp_cp") or "tp_dp_cp" in getattr(type(groups), "__annotations__", {}):  # since 0.18
         groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     return groups
+
+
+def num_microbatches() -> int | None:
+    """The microbatches of a step, where the trainer has told Megatron, as Megatron's own trainers do at their start."""
+    from megatron.core import num_microbatches_calculator
+
+    if num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
+        return None
+    number: int = num_microbatches_calculator.get_num_microbatches()
+    return number
