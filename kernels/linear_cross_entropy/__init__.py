@@ -4,8 +4,8 @@
 
     loss = linear_cross_entropy(hidden, weight, labels, LossOptions(vocab_size=128256)).loss
 
-`reference` is the definition, `passes` the algorithm and its parts, `rows` and `triton` the two row operations,
-`autograd` the differentiable whole with its collectives, `checks` what is refused.
+`reference` is the definition, `passes` and `one_barrier` the algorithm and its parts, `rows` and `triton` the two row
+operations, `autograd` the differentiable whole with its collectives, `checks` what is refused.
 
 Algorithm. The vocabulary is cut into chunks. Forward multiplies each chunk by the hidden states and keeps running
 softmax statistics; backward multiplies it again, turns logits into their gradient in place, and multiplies that into
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from .autograd import Layout, LinearCrossEntropy
 from .backends import Backend, default_backend
 from .checks import check_labels, check_once, check_operands, check_shards
+from .one_barrier import check_one_barrier, shard_input_gradient, shard_statistics_and_numerator
 from .options import LossOptions, TokenOutputs
 from .passes import (
     chunk_columns,
@@ -43,6 +44,7 @@ __all__ = [
     "LossOptions",
     "TokenOutputs",
     "check_labels",
+    "check_one_barrier",
     "check_operands",
     "check_shards",
     "chunk_columns",
@@ -53,7 +55,9 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "shard_gradient",
+    "shard_input_gradient",
     "shard_statistics",
+    "shard_statistics_and_numerator",
     "token_outputs",
 ]
 

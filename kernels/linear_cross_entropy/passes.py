@@ -15,6 +15,8 @@ times tokens times vocabulary less. The gradient of a token with respect to its 
 with four numbers of the token, the coefficients, into which upstream gradient, z-loss, smoothing, 1 / sum exp(l - m)
 and whether the token counts at all are folded; so the row operation that does it knows of none of them.
 
+`one_barrier.py` has the S pass that computes the input gradient too, before the shards have met.
+
 With scalars of a token only, everything here is elementwise in T but the two passes, which go over the vocabulary in
 chunks: GEMM into one buffer, row operation in place, GEMMs out of it. Peak memory beside the results is that buffer.
 
@@ -71,9 +73,9 @@ def shard_statistics(
     operations = row_operations(backend, hidden_TD.device)
     statistics_NT = empty_statistics(len(labels_T), options, hidden_TD.device)
     num_valid = options.num_valid(first_word, len(weight_KD))
-    with torch.no_grad(), _without_autocast(hidden_TD.device):
-        for rows, logits_TC, _ in _chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=False):
-            matmul_into(logits_TC, *_operands(hidden_TD, weight_KD[rows].T, logits_TC), accumulate=False)
+    with torch.no_grad(), without_autocast(hidden_TD.device):
+        for rows, logits_TC, _ in chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=False):
+            matmul_into(logits_TC, *operands_for(hidden_TD, weight_KD[rows].T, logits_TC), accumulate=False)
             operations.add_statistics_(logits_TC, labels_T, statistics_NT, options, first_word + rows.start)
     return statistics_NT
 
@@ -191,12 +193,12 @@ def shard_gradient(
     if needs_input_gradient:
         new = torch.empty if num_valid else torch.zeros  # the first chunk writes, the others add
         input_gradient_TD = new(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-    with torch.no_grad(), _without_autocast(hidden_TD.device):
+    with torch.no_grad(), without_autocast(hidden_TD.device):
         if weight_gradient_KD is not None and not accumulate:
             weight_gradient_KD[num_valid:].zero_()
-        for rows, logits_TC, gradient_TC in _chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=True):
+        for rows, logits_TC, gradient_TC in chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=True):
             weight_CD = weight_KD[rows]
-            matmul_into(logits_TC, *_operands(hidden_TD, weight_CD.T, logits_TC), accumulate=False)
+            matmul_into(logits_TC, *operands_for(hidden_TD, weight_CD.T, logits_TC), accumulate=False)
             first = first_word + rows.start
             operations.replace_by_gradient_(logits_TC, labels_T, coefficients_MT, gradient_TC, options, first)
             if input_gradient_TD is not None:
@@ -206,7 +208,7 @@ def shard_gradient(
     return input_gradient_TD
 
 
-def _chunks(
+def chunks(
     hidden_TD: torch.Tensor,
     weight_KD: torch.Tensor,
     num_valid: int,
@@ -228,7 +230,7 @@ def _chunks(
         yield rows, narrowed[0], narrowed[-1]
 
 
-def _operands(
+def operands_for(
     hidden_TD: torch.Tensor, weight_DC: torch.Tensor, logits_TC: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Widened where the logits are to be fp32 and no GEMM of this device does that itself: rounded logits cannot."""
@@ -246,7 +248,7 @@ def _counted(values_T: torch.Tensor, labels_T: torch.Tensor, options: LossOption
     return torch.where(is_word_T, values_T, other_T)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Autocast would turn fp32 operands into 16 bits behind `out=`; the operands' own dtype is what is asked for."""
     if device.type in ("cpu", "cuda"):
         return torch.autocast(device.type, enabled=False)

@@ -26,7 +26,7 @@ def empty_statistics(num_tokens: int, options: LossOptions, device: torch.device
 def add_statistics_(
     logits_TC: torch.Tensor, labels_T: torch.Tensor, statistics_NT: torch.Tensor, options: LossOptions, first_word: int
 ) -> None:
-    """Take one chunk, whose column 0 is word `first_word`, into the statistics. The logits are scratch afterwards."""
+    """Take one chunk, whose column 0 is word `first_word`, into the statistics."""
     for rows in _blocks(logits_TC):
         _add_block(logits_TC[rows], labels_T[rows], statistics_NT[:, rows], options, first_word)
 
@@ -60,16 +60,18 @@ def _add_block(
     logits_TC: torch.Tensor, labels_T: torch.Tensor, statistics_NT: torch.Tensor, options: LossOptions, first_word: int
 ) -> None:
     statistic_T = dict(zip(options.rows, statistics_NT.unbind(), strict=True))
-    values_TC = _cap_(logits_TC.float(), options)
+    values_TC = _cap_(logits_TC.to(torch.float32, copy=True), options)
     column_T1, is_here_T1 = _columns(labels_T, first_word, values_TC)
     statistic_T["label"] += torch.where(is_here_T1, values_TC.gather(1, column_T1), 0.0).squeeze(1)
     if "total" in statistic_T:
         statistic_T["total"] += values_TC.sum(1)
-    peak_T, position_T = values_TC.max(1)  # the first of several
     old_T = statistic_T["maximum"].clone()
     if "arg_max" in statistic_T:
+        peak_T, position_T = values_TC.max(1)  # the first of several; on a CPU several times slower than amax
         word_T = (position_T + first_word).float()
         statistic_T["arg_max"].copy_(torch.where(peak_T > old_T, word_T, statistic_T["arg_max"]))
+    else:
+        peak_T = values_TC.amax(1)
     new_T = torch.maximum(old_T, peak_T)
     values_TC.sub_(new_T.unsqueeze(1))
     factor_T = torch.exp(old_T - new_T)

@@ -148,7 +148,7 @@ def _nothing_to_allocate(*_arguments: object) -> None:
 def add_statistics_(
     logits_TC: torch.Tensor, labels_T: torch.Tensor, statistics_NT: torch.Tensor, options: LossOptions, first_word: int
 ) -> None:
-    """As `rows.add_statistics_`, but the logits stay as they are."""
+    """As `rows.add_statistics_`."""
     _check_rows(logits_TC)
     _statistics_operator(
         logits_TC, labels_T, statistics_NT, first_word, options.logit_scale, options.softcap or 0.0,

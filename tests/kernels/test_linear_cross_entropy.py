@@ -28,7 +28,9 @@ from megamem.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     shard_gradient,
+    shard_input_gradient,
     shard_statistics,
+    shard_statistics_and_numerator,
     token_outputs,
 )
 
@@ -365,31 +367,47 @@ def test_bytes_a_token_between_s_and_t(wanted: dict[str, Any], nbytes: int) -> N
     assert statistics.untyped_storage().nbytes() == nbytes * len(problem.labels)
 
 
-def test_the_input_gradient_of_one_barrier_can_be_rescaled() -> None:
-    """With one barrier, the input gradient is computed before the shards have met, and scaled afterwards."""
-    options = LossOptions(vocab_size=200)
-    problem = Problem(options)
-    ones, total, partial = torch.ones(48), [], []
-    for start in (0, 100):
-        shard = problem.weight[start : start + 100]
-        local = shard_statistics(problem.hidden, shard, problem.labels, options, first_word=start)
-        counted = gradient_coefficients(local, problem.labels, options, loss_gradient_T=ones)
-        softmax_only, label_only = counted.clone(), counted.clone()
-        softmax_only[2], label_only[1] = 0.0, 0.0
-        partial.append(
-            [
-                shard_gradient(problem.hidden, shard, problem.labels, part, options, first_word=start)
-                for part in (softmax_only, label_only)
-            ]
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"softcap": 4.0, "z_loss": 1e-2, "logit_scale": 0.7},
+        {"label_smoothing": 0.1, "logit_scale": 2.0, "arg_max": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_parts_with_one_barrier(num_shards: int, wanted: dict[str, Any], dtype: Any) -> None:
+    """The input gradient is computed before the shards have met; the last of three shards is padding alone."""
+    options = LossOptions(vocab_size=210, **wanted)
+    problem = Problem(options, rows=340, dtype=dtype)
+    cuts = [(0, 340)] if num_shards == 1 else [(0, 90), (90, 220), (220, 340)]
+    of_shards = [
+        shard_statistics_and_numerator(
+            problem.hidden, problem.weight[start:stop], problem.labels, options, first_word=start, chunk=40
         )
-        total.append(local)
-    whole = combine_statistics(torch.stack(total), options)
-    found = torch.zeros_like(problem.hidden)
-    for local, (softmax_part, label_part) in zip(total, partial, strict=True):
-        beta = local[1] * torch.exp(local[0] - whole[0]) / whole[1]
-        found += (beta * problem.upstream[0]).unsqueeze(1) * softmax_part
-        found += problem.upstream[0].unsqueeze(1) * label_part
-    assert relative(found, problem.hidden_gradient) < FP32
+        for start, stop in cuts
+    ]
+    whole = combine_statistics(torch.stack([statistics for statistics, _ in of_shards]), options)
+    coefficients = gradient_coefficients(whole, problem.labels, options, loss_gradient_T=problem.upstream[0])
+    found = torch.zeros(problem.hidden.shape)
+    for (start, stop), (statistics, numerator) in zip(cuts, of_shards, strict=True):
+        expected = shard_statistics(
+            problem.hidden, problem.weight[start:stop], problem.labels, options, first_word=start
+        )
+        torch.testing.assert_close(statistics, expected, rtol=FP32, atol=1e-5)
+        found += shard_input_gradient(
+            numerator, statistics, coefficients, problem.weight[start:stop], problem.labels, options, first_word=start
+        )
+    assert relative(found, problem.hidden_gradient) < (FP32 if dtype == torch.float32 else 8 * UNIT[dtype])
+
+
+@pytest.mark.parametrize("wanted", [{"entropy": True}, {"label_smoothing": 0.1, "softcap": 4.0}], ids=str)
+def test_what_one_barrier_cannot_do_is_named(wanted: dict[str, Any]) -> None:
+    options = LossOptions(vocab_size=10, **wanted)
+    with pytest.raises(ValueError, match=r"=.* two barriers"):
+        shard_statistics_and_numerator(torch.ones(2, 4), torch.ones(10, 4), torch.zeros(2, dtype=torch.int64), options)
 
 
 def test_the_t_pass_alone_leaves_the_input_gradient_out() -> None:
