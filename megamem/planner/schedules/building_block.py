@@ -205,7 +205,8 @@ class _CoolDown:
     def peak(self) -> int:
         """The most activations from `begin` on."""
         held, owed, clock, peak = self.held, self.owed, self.begin, 0
-        for slot in sorted(self.passes):
+        last_forward = max((slot for slot, kind in self.passes.items() if kind in _FORWARDS), default=0)
+        for slot in sorted(slot for slot in self.passes if slot <= last_forward):
             done = min(slot - clock, owed)
             held, owed, clock = held - done, owed - done, slot + 1
             if self.passes[slot] in _FORWARDS:

@@ -21,15 +21,18 @@ from megamem.ir.schedule import Placement, Schedule
 from megamem.ir.workload import PipelineCosts
 from megamem.planner.schedules.building_block import PERIOD, Block, unit_orders
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.weight_placement import ROUNDING, Timed, best_of, with_weights
+from megamem.planner.schedules.weight_placement import ROUNDING, Timed, best_of, place_weights, with_weights
 
 _Row = tuple[int, int, int, int]
 
 TRIAL_ACTIONS: Final = 60_000
-"""How many actions are placed in search of the best blocks; at least `FINALISTS` blocks are tried."""
+"""How many actions are placed in search of the best blocks, and again for the finalists; more only for the first."""
+
+TRIALS: Final = 32
+"""How many blocks, at most, are tried in a short step."""
 
 FINALISTS: Final = 3
-"""How many blocks are built for the full number of microbatches."""
+"""How many blocks, at most, are built for the full number of microbatches."""
 
 SWITCHES: Final = 16
 """How many ranks are tried as the first of the second k."""
@@ -96,27 +99,45 @@ def search(request: Request, placement: Placement, costs: PipelineCosts, caps: S
     """The best blocks within a memory per rank, each with W placed in several ways; none where no block is so lean."""
     ranks, microbatches = request.num_ranks, request.num_microbatches
     largest, limit = max(stage.activation for stage in costs.stages), max(caps)
-    most = 2 * ranks
+    sure = most = 2 * ranks  # chunk activations that certainly fit, and that may
     if limit < 2 * microbatches * largest:
         exact = all(stage.activation == largest == stage.weight_grad for stage in costs.stages)
-        most = min(most, int(limit / largest * ROUNDING) + (0 if exact else 2))
+        sure = min(most, int(limit / largest * ROUNDING))
+        most = min(most, sure if exact else sure + 2)
     short = min(microbatches, 2 * ranks)
-    trials = max(FINALISTS, TRIAL_ACTIONS // (PERIOD * ranks * short))
+    trials = max(FINALISTS, min(TRIALS, TRIAL_ACTIONS // (PERIOD * ranks * short)))
+    builds = max(1, min(FINALISTS, TRIAL_ACTIONS // (PERIOD * ranks * microbatches)))
     found: list[tuple[float, Block]] = []
     for block in _promising(ranks, most)[: 3 * trials]:
-        best = best_of(with_weights(unit_orders(block, short, most), placement, costs, caps, quick=True))
+        best = best_of(with_weights(unit_orders(block, short, sure), placement, costs, caps, quick=True))
         if best is not None:
             found.append((best.makespan, block))
         if len(found) == trials:
             break
+    if not found:
+        lean = _leanest(request, placement, costs)
+        return [lean] if max(lean.peaks) <= limit * ROUNDING else []
     found.sort(key=lambda item: item[0])
-    finalists = (unit_orders(block, microbatches, most) for _, block in found[:FINALISTS])
+    finalists = (unit_orders(block, microbatches, sure) for _, block in found[:builds])
     return [timed for orders in finalists for timed in with_weights(orders, placement, costs, caps)]
 
 
-def leanest(num_ranks: int) -> int:
-    """The fewest chunk activations with which there is a block."""
-    return min(held for held, _ in blocks(num_ranks))
+def _leanest(request: Request, placement: Placement, costs: PipelineCosts) -> Timed:
+    """The schedule with the lowest peak, of the first few blocks that hold the fewest activations."""
+    fewest = min(held for held, _ in blocks(request.num_ranks))
+    lean = _promising(request.num_ranks, fewest)[:FINALISTS]
+    timed = [place_weights(unit_orders(block, request.num_microbatches), placement, costs) for block in lean]
+    return min((each for each in timed if each is not None), key=lambda each: max(each.peaks))
+
+
+def refuse(name: str, request: Request, limit: float) -> InfeasibleError:
+    """The error for a limit that is too low, with the lowest that is not."""
+    placement = request.placement(FAMILY.shape)
+    least = max(_leanest(request, placement, request.costs(placement)).peaks)
+    return InfeasibleError(
+        f"{name}: the memory limit is {limit:g}, and the leanest schedule on {request.num_ranks} ranks takes "
+        f"{least:.9g}; nearest: {least:.9g}"
+    )
 
 
 def build(request: Request) -> Schedule:
@@ -130,11 +151,7 @@ def build(request: Request) -> Schedule:
     limit = 2 * request.num_ranks * largest if request.memory_limit is None else request.memory_limit
     best = best_of(search(request, placement, costs, [limit] * request.num_ranks))
     if best is None:
-        chunks = leanest(request.num_ranks)
-        raise InfeasibleError(
-            f"{FAMILY.name}: the memory limit is {limit:g}; the leanest block on {request.num_ranks} ranks holds "
-            f"{chunks} activations of a chunk, at most {largest:g} each; nearest: {chunks * largest:g}"
-        )
+        raise refuse(FAMILY.name, request, limit)
     return Schedule(name=FAMILY.name, placement=placement, num_microbatches=request.num_microbatches, ranks=best.ranks)
 
 

@@ -20,10 +20,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Action, Kind, Schedule
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.v_adaptive import leanest, search
+from megamem.planner.schedules.v_adaptive import refuse, search
 from megamem.planner.schedules.weight_placement import best_of, no_worse, place_weights, with_weights
 
 
@@ -63,11 +62,7 @@ def build(request: Request) -> Schedule:
     candidates = with_weights(orders, placement, costs, caps) + search(request, placement, costs, caps)
     best = best_of(timed for timed in candidates if published is None or no_worse(timed, published))
     if best is None:
-        chunks = leanest(ranks)
-        raise InfeasibleError(
-            f"{FAMILY.name}: the memory limit is {limit:g}; {ranks} ranks hold at least {chunks} activations of a "
-            f"chunk, at most {largest:g} each; nearest: {chunks * largest:g}"
-        )
+        raise refuse(FAMILY.name, request, limit)
     return Schedule(name=FAMILY.name, placement=placement, num_microbatches=microbatches, ranks=best.ranks)
 
 
