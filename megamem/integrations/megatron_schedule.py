@@ -76,8 +76,6 @@ class _Call:
         chunks = given["model"] if isinstance(given["model"], list) else [given["model"]]
         iterators = given["data_iterator"]
         communicator, groups = given["p2p_communicator"], given["pg_collection"]
-        if (communicator is None) != (groups is None):
-            raise ValueError("pass p2p_communicator and pg_collection both, or neither")
         return cls(
             step=step,
             forward_step_func=given["forward_step_func"],
@@ -89,10 +87,22 @@ class _Call:
             first_val_step=given["first_val_step"],
             adjust_shapes=given["adjust_tensor_shapes_fn"],
             sizes={name: given[name] for name in ("seq_length", "micro_batch_size", "decoder_seq_length")},
-            group=parallel_state.get_pipeline_model_parallel_group() if communicator is None else communicator.pp_group,
+            group=_pipeline_group(communicator, groups),
             groups=compat.default_groups() if groups is None else groups,
             force_all_reduce=bool(given.get("force_all_reduce")),
         )
+
+
+def _pipeline_group(communicator: Any, groups: Any) -> Any:
+    """The pipeline's group, from what the caller of a forward-backward function gave it."""
+    if communicator is None:
+        given = getattr(groups, "pp", None)
+        return parallel_state.get_pipeline_model_parallel_group() if given is None else given
+    if not hasattr(communicator, "pp_group"):
+        raise UnsupportedError(
+            f"{type(communicator).__name__} connects several modules with pipelines of their own; schedules are for one"
+        )
+    return communicator.pp_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +157,7 @@ class MegatronSchedule:
         self.observe: Callable[[Action], None] | None = None  # called after every action of a training step
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
         self._links: Links | None = None
+        self._mailbox: Mailbox | None = None
         self._notice: FailureNotice | None = None
         self._known: weakref.WeakSet[Module] = weakref.WeakSet()
         self._chunks: list[weakref.ref[Module]] = []
@@ -163,6 +174,11 @@ class MegatronSchedule:
     def planned(self) -> PlannedSchedule | None:
         """The schedule of the last training step that was planned, with its predicted cost; None before the first."""
         return next((plan.planned for plan in reversed(self._plans.values()) if plan.planned is not None), None)
+
+    @property
+    def messages(self) -> list[Tensor]:
+        """The buffers of messages that are posted and not consumed, or under way, at this moment of a step."""
+        return [] if self._mailbox is None else self._mailbox.held
 
     def unsplit(self) -> list[str]:
         """Matrices whose weight gradient was computed in B although the schedule has W apart; known after a step."""
@@ -240,6 +256,7 @@ class MegatronSchedule:
         stages = _Stages(self, call, config, plan, links.device)
         trace = Trace(links.rank, links.device) if self.records and not call.forward_only else None
         mailbox = Mailbox(links, plan.schedule.placement, links.rank, _formats(call, config, links.device))
+        self._mailbox = mailbox
         loop = Loop(stages, mailbox, notice, keeps=not call.forward_only, trace=trace)
         loop.observe = None if call.forward_only else self.observe
         try:
@@ -249,6 +266,7 @@ class MegatronSchedule:
             raise
         finally:
             notice.end()
+            self._mailbox = None
         if trace is not None:
             self.trace = trace
         return result
@@ -298,9 +316,19 @@ class MegatronSchedule:
 
 
 def _shape(options: Scheduling) -> Shape:
-    """The placement that a schedule is made for. `auto` leaves the layers where Megatron puts them."""
+    """The placement that a schedule is made for.
+
+    `auto` is planned ahead where the trainer has said how many microbatches a step has; else it leaves the layers where
+    Megatron puts them.
+    """
     if options.name == "auto":
-        return "round-robin"
+        num_ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        num_microbatches = compat.num_microbatches()
+        if num_microbatches is None or num_ranks == 1:
+            return "round-robin"
+        chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+        planned = plan_schedule(options, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=chunks)
+        return planned.schedule.placement.shape
     return load_schedule(options.file).placement.shape if options.name == "file" else FAMILIES[options.name].shape
 
 

@@ -64,20 +64,22 @@ class WeightQueue:
     def run(self, chunk: int, microbatch: int, part: int = 0, parts: int = 1) -> None:
         """Compute the weight gradients of a microbatch, or one of `parts` of them, layer by layer."""
         key = chunk, microbatch
-        tasks = self._tasks.get(key, [])
         if part == 0:
-            self._tasks[key] = tasks = _grouped(tasks)
-            self._sizes[key] = len(tasks)
+            collected = self._tasks.get(key, [])
+            self._tasks[key] = _grouped(collected)
+            self._sizes[key] = len(self._tasks[key])
+            collected.clear()  # layers still refer to it, and so would keep what the tasks keep
         size = self._sizes[key]
         count = size * (part + 1) // parts - size * part // parts
-        now, self._tasks[key] = tasks[:count], tasks[count:]
-        del tasks
+        now, self._tasks[key] = self._tasks[key][:count], self._tasks[key][count:]
         if part == parts - 1:
             del self._tasks[key], self._sizes[key]
         run_tasks(now)
 
     def clear(self) -> None:
         """Forget everything that a step left behind that failed."""
+        for tasks in self._tasks.values():
+            tasks.clear()
         self._tasks.clear()
         self._sizes.clear()
         self.current = None
