@@ -19,12 +19,14 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.10"],
     "nemo": ["megatron-bridge"],
     "plot": ["matplotlib"],
+    "solve": ["scipy>=1.9"],  # the solver mip; the others need nothing but a C++ compiler
     "dev": [
         "pytest>=8",
         "ruff==0.17.6",
         "mypy==2.4.1",
         "types-PyYAML",
         "types-psutil",
+        "scipy>=1.9",
         "setuptools>=77",
         "wheel",
         "triton; sys_platform == 'linux'",  # its interpreter runs kernels on the CPU; PyTorch brings it only with CUDA
@@ -45,6 +47,6 @@ setup(
         name if sub == "" else f"{name}.{sub}" for name, folder in ROOMS.items() for sub in ["", *find_packages(folder)]
     ],
     package_dir=ROOMS,
-    package_data={"megamem": ["py.typed"]},
+    package_data={"megamem": ["py.typed"], "megamem.native": ["src/*"]},
     entry_points={"console_scripts": ["megamem = megamem.cli:main"]},
 )

@@ -3,6 +3,7 @@
 megamem doctor     what of megamem works with what is installed here
 megamem config     check, resolve and describe configurations
 megamem simulate   check, price and draw a pipeline schedule
+megamem solve      place the buffers of a memory trace, with a proof
 megamem profile    measure what a model's layers cost on this device
 """
 
@@ -16,6 +17,7 @@ from megamem import __version__
 from megamem.config import add_arguments, config_from_args, json_schema, options_table
 from megamem.errors import MegamemError
 from megamem.profile import add_profile
+from megamem.solve import add_solve
 
 _EXAMPLES = """examples:
   megamem doctor                               is everything here that training needs?
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_config(commands)
     _add_simulate(commands)
+    add_solve(commands)
     add_profile(commands)
     return parser
 

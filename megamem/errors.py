@@ -7,6 +7,9 @@
      |- MissingPackage     an optional package that the asked-for feature needs is absent   (also an ImportError)
      |- ScheduleError      a pipeline schedule is malformed, incomplete, or would deadlock   (also a ValueError)
      |   `- InfeasibleError    no schedule of this kind meets the request; says the nearest one that can be met
+     |- AllocationError    a memory-allocation problem, or a solution of one, is malformed or wrong   (also a ValueError)
+     |   `- CapacityError      the buffers do not fit into the capacity; says which of them, and what is needed
+     |- NativeError        the compiled core cannot be built or loaded; says how to get a compiler
      |- PipelineError      a rank failed while it ran a schedule; says which, and in which action
      |- NotLiveError       a capability is switched on but did nothing in the first step
      `- ActivationError    a saved activation was used in a way that would give wrong gradients
@@ -48,6 +51,18 @@ class ScheduleError(MegamemError, ValueError):
 
 class InfeasibleError(ScheduleError):
     """The request cannot be met; the message holds the arithmetic and the nearest setting that can be."""
+
+
+class AllocationError(MegamemError, ValueError):
+    """A memory-allocation problem or its file is malformed, or a solution puts two live buffers on the same bytes."""
+
+
+class CapacityError(AllocationError):
+    """The buffers cannot be placed within the capacity; the message holds the buffers that prove it."""
+
+
+class NativeError(MegamemError, RuntimeError):
+    """The compiled core cannot be built or loaded on this machine; the message holds the remedy."""
 
 
 class PipelineError(MegamemError, RuntimeError):

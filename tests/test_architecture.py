@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "ir": {"errors"},
     **{module: LEAVES | {"ir"} for module in CONFIG},
-    "planner": LEAVES | {"ir"},
+    "native": {"errors"},
+    "planner": LEAVES | {"ir", "native"},
     "profiler": LEAVES | {"ir"},
     "kernels": set(),
     "runtime": {"errors", "ir", "kernels"},
@@ -40,18 +41,30 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": LEAVES | {"ir", "planner", "profiler", "kernels", "runtime", "patches", "report"},
     "doctor": LEAVES | {"__init__", "patches", "integrations"},
     "simulate": LEAVES | {"ir", "planner", "report"},
+    "solve": LEAVES | {"ir", "planner", "report"},
     "profile": LEAVES | {"ir", "integrations", "testing"},  # testing: the rig on which Megatron runs without a GPU
     "cli": LEAVES
-    | {"__init__", "ir", "planner", "profiler", "report", "doctor", "simulate", "profile", "integrations"},
+    | {"__init__", "ir", "planner", "profiler", "report", "doctor", "simulate", "solve", "profile", "integrations"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"integrations", "runtime"},  # runtime: the type of one argument of `enable`
 }
 
 HEAVY = {"torch", "megatron", "transformer_engine", "triton", "apex", "numpy"}
 TRAINERS = {"megatron", "nemo"}
-TORCH_FREE = {"ir", "planner", "errors", *CONFIG}  # not even inside a function
+TORCH_FREE = {"ir", "planner", "native", "errors", *CONFIG}  # not even inside a function
 # Heavy packages inside functions only.
-STARTS_FAST = {*TORCH_FREE, "patches", "report", "doctor", "simulate", "profile", "cli", "__main__", "__init__"}
+STARTS_FAST = {
+    *TORCH_FREE,
+    "patches",
+    "report",
+    "doctor",
+    "simulate",
+    "solve",
+    "profile",
+    "cli",
+    "__main__",
+    "__init__",
+}
 LIGHT = {"yaml", "packaging"}  # the base dependencies of setup.py
 
 
