@@ -47,7 +47,7 @@ def closed_form(num_ranks: int, rank: int, microbatches: int) -> Iterator[Action
 
 
 def build(request: Request) -> Schedule:
-    """The best schedule found within p times a rank's activations of one microbatch, or the request's limit.
+    """The best schedule found within the request's limit; without one, within 2p times the largest stage's activation.
 
     Raises InfeasibleError where the limit is too low.
     """
