@@ -1,9 +1,9 @@
 """What the user asks for: the `megamem:` block of a YAML file, valid once it exists.
 
-Each option is declared once, here, in the section that owns it (`Activations`, `Scheduling`). From these declarations
-derive the YAML loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON Schema, so none
-of them can forget an option. A capability that does not exist yet has no section: what cannot be done cannot be asked
-for.
+Each option is declared once, here, in the section that owns it (`Activations`, `Scheduling`, `Vocabulary`). From these
+declarations derive the YAML loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON
+Schema, so none of them can forget an option. A capability that does not exist yet has no section: what cannot be done
+cannot be asked for.
 
 Everything wrong with a configuration is reported at once, in one `ConfigError`. Nothing is ignored: a setting which
 has no effect under the chosen policy is a contradiction, because someone wrote it and believes in it.
@@ -47,6 +47,7 @@ __all__ = [
     "Config",
     "Scheduling",
     "TableRow",
+    "Vocabulary",
     "add_arguments",
     "config_from_args",
     "json_schema",
@@ -55,11 +56,14 @@ __all__ = [
 ]
 
 
+_OFF = ("off", "false")
+
+
 class Section:
     """What every section of the configuration has. Sections are dataclasses whose fields are all options.
 
-    KEY:      the first option; `off` switches the section off
-    READERS:  for options that only some values of the key read, these values; `off` reads none
+    KEY:      the first option, one of several words or a switch; `off` or `false` switches the section off
+    READERS:  for options that only some values of the key read, these values; `off` and `false` read none
     """
 
     NAME: ClassVar[str]
@@ -83,12 +87,12 @@ class Section:
     @property
     def key(self) -> str:
         """The value of the option that decides which others are read."""
-        return str(getattr(self, self.KEY))
+        return _word(getattr(self, self.KEY))
 
     @property
     def is_on(self) -> bool:
         """Whether this capability does anything."""
-        return self.key != "off"
+        return self.key not in _OFF
 
     def given(self) -> dict[str, object]:
         """The options that differ from their defaults, as plain values."""
@@ -110,20 +114,20 @@ class Section:
     def readers(cls, name: str) -> tuple[str, ...]:
         """The values of the key under which the option `name` has an effect."""
         key = options_of(cls)[0].kind
-        assert isinstance(key, Choice)
-        return cls.READERS.get(name, tuple(word for word in key.words if word != "off"))
+        words = key.words if isinstance(key, Choice) else ("true",)
+        return cls.READERS.get(name, tuple(word for word in words if word not in _OFF))
 
     @classmethod
     def reads(cls, name: str, key: str) -> bool:
         """Whether the option `name` has an effect when the section's key is `key`."""
-        return name == cls.KEY or (key != "off" and key in cls.readers(name))
+        return name == cls.KEY or (key not in _OFF and key in cls.readers(name))
 
     @classmethod
     def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
         """What does not go together among the `given` options; `values` holds those that are valid by themselves."""
-        key = values.get(cls.KEY)
-        if key is None:  # its own problem is reported already
+        if values.get(cls.KEY) is None:  # its own problem is reported already
             return []
+        key = _word(values[cls.KEY])
         return [
             f"{cls.NAME}.{name}: has no effect with {cls.KEY} {key!r}; "
             f"set {cls.NAME}.{cls.KEY} to one of {', '.join(cls.readers(name))}, or remove {name}"
@@ -266,11 +270,33 @@ class Scheduling(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vocabulary(Section):
+    """Output layer and loss of large vocabularies."""
+
+    NAME: ClassVar[str] = "vocabulary"
+    KEY: ClassVar[str] = "fused_loss"
+
+    fused_loss: bool = option(
+        Switch(),
+        False,
+        "Compute output layer and cross entropy together, chunk by chunk of the vocabulary, so that the logits are "
+        "never in memory: one matrix product of four is done twice. Requests for logits are answered as before.",
+    )
+    loss_chunk: int | Literal["auto"] = option(
+        Auto(Count(least=1)),
+        "auto",
+        "Vocabulary entries per chunk, counted on one rank; tokens x loss_chunk logits are in memory at a time. auto: "
+        "96 MiB of logits, but at least 2048 entries, and always less than a quarter of the vocabulary.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration: one section per capability, each off unless asked for."""
 
     activations: Activations = field(default_factory=Activations)
     schedule: Scheduling = field(default_factory=Scheduling)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @property
     def enabled(self) -> tuple[str, ...]:
@@ -376,6 +402,11 @@ def options_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def _word(value: object) -> str:
+    """The value of a key, typed or as text, as files write it."""
+    return str(value).strip().lower()
+
+
 def _sections() -> dict[str, type[Section]]:
     """The section classes by name, in the order of the fields of `Config`."""
     hints = get_type_hints(Config)
@@ -432,4 +463,5 @@ def _override(raw: dict[str, dict[str, object]], overrides: Mapping[str, str], p
     for name in sections:
         mine = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
         if mine:
-            raw[name] = {**({} if mine.get(sections[name].KEY) == "off" else raw.get(name, {})), **mine}
+            is_off = _word(mine.get(sections[name].KEY)) in _OFF
+            raw[name] = {**({} if is_off else raw.get(name, {})), **mine}

@@ -19,6 +19,8 @@ GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "activations": (*transformer_layer.PATCHES, *schedules.PATCHES),
     "activations.layers": transformer_layer.PATCHES,
     "schedule": (*schedules.PATCHES, *layers.PATCHES),
+    "vocabulary": schedules.PATCHES,
+    "vocabulary.loss": (*gpt_model.LOSS_PATCHES, *language_module.LOSS_PATCHES),
     "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),
 }
 """The patches of each capability, by the name of its section in the configuration; behind a dot, a part of it that is

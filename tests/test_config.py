@@ -12,6 +12,7 @@ from megamem.config import (
     Config,
     Scheduling,
     TableRow,
+    Vocabulary,
     add_arguments,
     config_from_args,
     json_schema,
@@ -315,7 +316,7 @@ def test_every_option_is_in_every_description() -> None:
     help_text, table = " ".join(parser.format_help().split()), options_table()
     blocks = json_schema()["properties"]["megamem"]["properties"]  # type: ignore[index]
     assert json.loads(json.dumps(json_schema())) == json_schema()
-    for section in (Activations, Scheduling):
+    for section in (Activations, Scheduling, Vocabulary):
         block = blocks[section.NAME]["properties"]
         for item in options_of(section):
             assert item.flag(section.NAME) in help_text
@@ -338,7 +339,8 @@ def test_per_cent_signs_survive_argparse() -> None:
 def test_argument_names_follow_megatrons_style() -> None:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help", "--megamem"}
-    assert all(flag.startswith(("--megamem-activations-", "--megamem-schedule-")) and "_" not in flag for flag in flags)
+    prefixes = ("--megamem-activations-", "--megamem-schedule-", "--megamem-vocabulary-")
+    assert all(flag.startswith(prefixes) and "_" not in flag for flag in flags)
     assert parser.parse_args([]).megamem_activations_swap_fraction is None
 
 
@@ -347,3 +349,23 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
         Config().activations = Activations()  # type: ignore[misc]
     with pytest.raises(TypeError):
         Activations("memo")  # type: ignore[call-arg]
+
+
+def test_a_section_can_be_switched_by_a_boolean(tmp_path: Path) -> None:
+    for value in (True, "true", "True"):
+        config = load_config({"vocabulary": {"fused_loss": value, "loss_chunk": 4096}})
+        assert config.vocabulary == Vocabulary(fused_loss=True, loss_chunk=4096)
+        assert config.enabled == ("vocabulary",)
+        assert load_config(config) == load_config(write(tmp_path, config.to_yaml())) == config
+    assert parse("--megamem-vocabulary-fused-loss", "true").vocabulary == Vocabulary(fused_loss=True)
+    assert load_config({"vocabulary": {"fused_loss": False}}) == load_config({"vocabulary": {}}) == Config()
+    with pytest.raises(ConfigError, match=r"loss_chunk: has no effect with fused_loss 'false'; set .* one of true"):
+        load_config({"vocabulary": {"loss_chunk": 4096}})
+    with pytest.raises(ConfigError, match="'yes' is neither true nor false"):
+        load_config({"vocabulary": {"fused_loss": "yes", "loss_chunk": 4096}})
+
+
+@pytest.mark.parametrize("word", ["false", "False"])
+def test_the_flag_false_always_switches_off(word: str, tmp_path: Path) -> None:
+    file = str(write(tmp_path, "megamem: {vocabulary: {fused_loss: true, loss_chunk: 4096}}"))
+    assert parse("--megamem", file, "--megamem-vocabulary-fused-loss", word) == Config()

@@ -59,6 +59,21 @@ def modules_losing_gradients(config: Any) -> list[str]:
     return sorted({"layernorm", "mla_up_proj", "moe_act"} & set(config.recompute_modules or ()))
 
 
+def in_inference_mode() -> bool:
+    """Whether an inference engine uses the model: a flag of the process since 0.18."""
+    from megatron.core.inference import utils
+
+    mode = getattr(utils, "InferenceMode", None)
+    return mode is not None and bool(mode.is_active())
+
+
+def mtp_counts_acceptance() -> bool:
+    """Whether multi-token prediction looks for the arg-max of its heads' logits while it trains; since 0.19."""
+    from megatron.core.transformer import multi_token_prediction
+
+    return hasattr(multi_token_prediction, "_compute_mtp_acceptance_counts")
+
+
 def gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     """Where Megatron accumulates a parameter's gradient: in `main_grad` under its DDP, else in `grad`."""
     found: torch.Tensor | None = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad

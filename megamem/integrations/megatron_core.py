@@ -10,6 +10,7 @@ many layers, which dtype, which device) is decided when the first layer is built
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import secrets
@@ -30,8 +31,9 @@ from megamem.integrations import compat
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_schedule import MegatronSchedule
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
-from megamem.integrations.report import ActivationReport, Report
+from megamem.integrations.report import ActivationReport, Report, VocabularyReport
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
+from megamem.integrations.vocabulary import FusedLoss, refuse
 from megamem.patches import GROUPS
 from megamem.patches.registry import Applied, apply
 from megamem.planner.activations import plan_activations
@@ -65,6 +67,8 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
     patches = [patch.bound(session) for patch in wanted]
     if session.schedule is not None and session.schedule.placement is not None:
         patches += [patch.bound(session.schedule.placement) for patch in GROUPS["schedule.v-placement"]]
+    if session.loss is not None:
+        patches += [patch.bound(session.loss) for patch in GROUPS["vocabulary.loss"]]
     return Handle(loaded, session, apply(patches))
 
 
@@ -94,11 +98,12 @@ class Session(AbstractSession):
         self.config, self.host_nbytes = config, host_nbytes
         self.engine: ActivationEngine | None = None
         self.schedule = MegatronSchedule.of(config.schedule, _agreed_name()) if config.schedule.is_on else None
+        self.loss = FusedLoss(config.vocabulary) if config.vocabulary.is_on else None
         self._trace_writer = TraceWriter(config.schedule.trace) if config.schedule.trace != "none" else None
         self._device = device
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
         self._num_built = 0
-        self._has_checked = False
+        self._has_checked = self._has_checked_loss = False
         self.undo: list[Callable[[], None]] = []
 
     def on_layer_built(self, layer: Module) -> None:
@@ -124,6 +129,9 @@ class Session(AbstractSession):
         return self.schedule.linears.run(function, arguments)
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.loss is not None and not self._has_checked_loss:
+            self._has_checked_loss = True
+            self._check_loss(self.loss, inspect.signature(step).bind(*args, **kwargs).arguments["model"])
         try:
             result = step(*args, **kwargs) if self.schedule is None else self.schedule.run(step, args, kwargs)
         except BaseException:
@@ -136,10 +144,23 @@ class Session(AbstractSession):
             self.engine.end_step()
         if self.schedule is not None and self._trace_writer is not None:
             self._trace_writer.after_step(self.schedule)
-        if self.config.activations.is_on and not self._has_checked:
+        if not self._has_checked:
             self._has_checked = True
-            self.check_live()
+            if self.config.activations.is_on:
+                self.check_live()
+            if self.loss is not None and not _least(-self.loss.num_losses, None):
+                raise NotLiveError(
+                    "vocabulary.fused_loss is true, a step has run, and no rank computed a loss without logits. Is the "
+                    "model given labels, and does it compute its loss with compute_language_model_loss? Set "
+                    "vocabulary.fused_loss: false to go on without"
+                )
         return result
+
+    def _check_loss(self, loss: FusedLoss, model: Any) -> None:
+        """Once, before the first step: UnsupportedError on every rank if any rank's model does not go with it."""
+        problems = loss.problems(model if isinstance(model, list) else [model])
+        if _least(-len(problems), None):
+            refuse(problems or ["the model of another rank does not go with it; the error there says why"])
 
     def check_live(self) -> None:
         """Raise NotLiveError on every rank if no rank's layers went through the engine, or if this rank's did not."""
@@ -194,6 +215,11 @@ class Handle:
         """What runs the steps of this rank, where a schedule is asked for."""
         return self._session.schedule if self._session is not None else None
 
+    @property
+    def loss(self) -> FusedLoss | None:
+        """What computes the losses of this rank, where they are to need no logits."""
+        return self._session.loss if self._session is not None else None
+
     def building(self, chunk: int) -> AbstractContextManager[None]:
         """Surround what builds chunk `chunk` of the model: under a V placement Megatron then takes it for its stage."""
         placement = self.schedule.placement if self.schedule is not None else None
@@ -221,6 +247,7 @@ class Handle:
         return Report(
             activations=ActivationReport.of(self.config, self.engine) if self.config.activations.is_on else None,
             schedule=None if self.schedule is None else ScheduleReport.of(self.schedule),
+            vocabulary=None if self.loss is None else VocabularyReport.of(self.loss),
         )
 
     def __enter__(self) -> Handle:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megamem.config import Config
 from megamem.integrations.schedule_report import ScheduleReport
+from megamem.integrations.vocabulary import FusedLoss
 from megamem.runtime.activations.engine import ActivationEngine
 
 
@@ -74,15 +75,56 @@ class ActivationReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocabularyReport:
+    """Losses that this rank computed without logits, evaluation included.
+
+    num_stock:     calls of its output layer that Megatron answered: for logits, for inference
+    chunk_nbytes:  logits of one chunk of the largest loss, in memory at a time
+    whole_nbytes:  all its logits on this rank, in the same dtype, which were never in memory
+    """
+
+    num_losses: int
+    num_stock: int
+    chunk_nbytes: int
+    whole_nbytes: int
+
+    @classmethod
+    def of(cls, loss: FusedLoss) -> VocabularyReport:
+        """The report of what computes this rank's losses."""
+        chunk_nbytes, whole_nbytes = loss.largest_nbytes
+        return cls(
+            num_losses=loss.num_losses,
+            num_stock=loss.num_stock,
+            chunk_nbytes=chunk_nbytes,
+            whole_nbytes=whole_nbytes,
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), ready to print."""
+        rows = [("losses computed without logits", str(self.num_losses))]
+        if self.num_losses:
+            rows.append(("logits in memory at a time", f"{_mib(self.chunk_nbytes)} of {_mib(self.whole_nbytes)}"))
+        if self.num_stock:
+            rows.append(("requests that Megatron answered", str(self.num_stock)))
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What the capabilities that are switched on did on this rank; those that are off are None. Prints as a table."""
 
     activations: ActivationReport | None = None
     schedule: ScheduleReport | None = None
+    vocabulary: VocabularyReport | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much), ready to print."""
-        return [row for part in (self.activations, self.schedule) if part is not None for row in part.rows()]
+        return [
+            row
+            for part in (self.activations, self.schedule, self.vocabulary)
+            if part is not None
+            for row in part.rows()
+        ]
 
     def __str__(self) -> str:
         rows = self.rows()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 
@@ -57,3 +58,17 @@ class AbstractPlacement(ABC):
     @abstractmethod
     def sum_tied_gradients(self, chunks: Sequence[Module]) -> bool:
         """Sum the gradients of tied embedding and output weights. False where the chunks are not placed by this."""
+
+
+class AbstractLoss(ABC):
+    """How losses of language models are computed, if not from their logits."""
+
+    @abstractmethod
+    def run_model(
+        self, model: Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the method of a language model that calls its output layer, and returns losses or logits."""
+
+    @abstractmethod
+    def compute(self, model: Module, method: Callable[..., Tensor], labels: Tensor, logits: Any) -> Tensor:
+        """The losses [b, s] of labels [b, s]; `method` computes them from logits."""

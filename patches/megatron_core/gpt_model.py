@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megamem.patches.registry import Patch
 
 if TYPE_CHECKING:
-    from megamem.runtime.session import AbstractPlacement
+    from megamem.runtime.session import AbstractLoss, AbstractPlacement
 
 _SUPPORTS = "megatron-core>=0.15.3,<0.20"
 
@@ -30,6 +30,14 @@ def _as_stage(placement: AbstractPlacement, original: Callable[..., Any]) -> Cal
     return sharded_state_dict
 
 
+def _without_logits(loss: AbstractLoss, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def _postprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return loss.run_model(self, original, args, kwargs)
+
+    return _postprocess
+
+
 PATCHES = (
     Patch(
         target="megatron.core.models.gpt.gpt_model:GPTModel.__init__",
@@ -47,3 +55,17 @@ PATCHES = (
         remove_when="get_transformer_layer_offset hands its pp_rank to the layout.",
     ),
 )
+"""For another placement of the chunks."""
+
+LOSS_PATCHES = (
+    Patch(
+        target="megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
+        build=_without_logits,
+        why="The output layer must not make logits where only a loss is wanted; output_processor (since 0.18) leaves "
+        "out the heads of multi-token prediction and the output layer's hooks, and cannot be set on a model.",
+        supports=_SUPPORTS,
+        remove_when="Megatron-Core's models hand hidden states, output layer and labels to one replaceable function, "
+        "for every head.",
+    ),
+)
+"""For losses without logits."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megamem.patches.registry import Patch
 
 if TYPE_CHECKING:
-    from megamem.runtime.session import AbstractPlacement
+    from megamem.runtime.session import AbstractLoss, AbstractPlacement
 
 _MODULE = "megatron.core.models.common.language_module.language_module"
 _SUPPORTS = "megatron-core>=0.15.3,<0.20"
@@ -33,6 +33,14 @@ def _announced(placement: AbstractPlacement, original: Callable[..., None]) -> C
     return setup_embeddings_and_output_layer
 
 
+def _without_logits(loss: AbstractLoss, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def compute_language_model_loss(self: Any, labels: Any, logits: Any) -> Any:
+        return loss.compute(self, original, labels, logits)
+
+    return compute_language_model_loss
+
+
 PATCHES = (
     Patch(
         target=f"{_MODULE}:LanguageModule.__init__",
@@ -51,3 +59,15 @@ PATCHES = (
         remove_when="Megatron-Core copies tied weights within a rank that holds the first and the last stage.",
     ),
 )
+"""For another placement of the chunks."""
+
+LOSS_PATCHES = (
+    Patch(
+        target=f"{_MODULE}:LanguageModule.compute_language_model_loss",
+        build=_without_logits,
+        why="A loss whose logits were not made is computed from hidden states and weight, chunk by chunk.",
+        supports=_SUPPORTS,
+        remove_when="Megatron-Core's models hand hidden states, output layer and labels to one replaceable function.",
+    ),
+)
+"""For losses without logits."""

@@ -1,0 +1,247 @@
+"""The loss of Megatron-Core's language models without their logits: `vocabulary.fused_loss`.
+
+A model that is given labels calls its output layer, may scale the logits, and hands them to
+`LanguageModule.compute_language_model_loss`; so does every head of multi-token prediction. While such a call runs, the
+output layer returns `PendingLogits` in their place, which hold what logits would be made of, and the loss is computed
+from those by `megamem.kernels.linear_cross_entropy`. It is the same in all releases. `output_processor`, which
+GPTModel.forward takes since 0.18, is not used: heads of multi-token prediction do not pass it, and the output layer
+would not be called, so that the hook which waits for its parameters under overlap_param_gather would not run.
+
+Everything else goes Megatron's way: calls without labels, inference, calls with an output_processor of the user's.
+
+**Loss.** Megatron counts the padding of the vocabulary as words; so does this. Label smoothing is no option of its
+language models. Labels of -100, which Megatron's SFT data has and masks, have loss 0. Any other label that is no word
+is an error in the first call, and NaN afterwards (Megatron: the loss of a token whose label has logit 0).
+
+**Weight gradient.** Where Megatron's DDP is at work it is added to `main_grad` chunk by chunk, in the dtype of
+`main_grad`, whether gradient_accumulation_fusion is on or not; no gradient of the weight's size exists beside it. A
+schedule that splits linear layers into B and W has it computed in B: apart, W would multiply the logits a third time,
+on the stage that has most to do already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.weak import WeakIdKeyDictionary
+
+from megamem.config import Vocabulary
+from megamem.errors import UnsupportedError
+from megamem.integrations import compat
+from megamem.kernels.linear_cross_entropy import LossOptions, chunk_columns, linear_cross_entropy
+from megamem.runtime.session import AbstractLoss
+
+_SECTION = "vocabulary.fused_loss"
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PendingLogits:
+    """What an output layer would make logits [s, b, V / t] of.
+
+    hidden:  [s, b, h], with sequence parallelism this rank's part of the sequence
+    weight:  [V / t, h], of the layer or of the embedding that it is tied to
+    scale:   what Megatron has multiplied the logits by since (muP, `LanguageModule._scale_logits`)
+    """
+
+    layer: ColumnParallelLinear
+    hidden: Tensor
+    weight: Tensor
+    scale: float = 1.0
+
+    def __mul__(self, factor: float) -> PendingLogits:
+        return PendingLogits(layer=self.layer, hidden=self.hidden, weight=self.weight, scale=self.scale * factor)
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(
+            f"{_SECTION}: something between the output layer and the loss asks for the logits ({name}), which are "
+            "never in memory; switch it off, or set vocabulary.fused_loss to false"
+        )
+
+
+@final
+class FusedLoss(AbstractLoss):
+    """Computes the losses of a process as `options` ask, and counts them.
+
+    num_losses:      of which no logits were made, evaluation included
+    num_stock:       other calls of an output layer's model: for logits, for inference
+    largest_nbytes:  of one chunk's logits and of all logits of a rank, for the largest of these losses
+    """
+
+    def __init__(self, options: Vocabulary) -> None:
+        self.options = options
+        self.num_losses = self.num_stock = 0
+        self.largest_nbytes = (0, 0)
+        self._known: weakref.WeakSet[Module] = weakref.WeakSet()  # models that were checked
+        self._uses: MutableMapping[Any, set[str]] = WeakIdKeyDictionary()  # of weights, as `_note_use` has them
+
+    def problems(self, chunks: Sequence[Module]) -> list[str]:
+        """Why losses of these model chunks cannot be computed; empty where all can."""
+        models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModule)]
+        return [problem for model in models for problem in _problems(model)]
+
+    def run_model(self, model: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not model.post_process:
+            return method(model, *args, **kwargs)
+        if not _asks_for_loss(_signature(method).bind(model, *args, **kwargs).arguments):
+            self.num_stock += 1
+            self._note_use(_output_weight(model), "stock")
+            return method(model, *args, **kwargs)
+        self._check(model)
+        with _deferred(model.output_layer):
+            return method(model, *args, **kwargs)
+
+    def compute(self, model: Any, method: Callable[..., Tensor], labels: Tensor, logits: Any) -> Tensor:
+        if not isinstance(logits, PendingLogits):
+            stock: Tensor = method(model, labels, logits)
+            return stock
+        layer, weight = logits.layer, logits.weight
+        size = weight.element_size()
+        chunk = self.options.loss_chunk
+        if chunk == "auto":
+            chunk = chunk_columns(labels.numel(), len(weight), size)
+        row_nbytes = labels.numel() * size
+        self.num_losses += 1
+        self.largest_nbytes = max(self.largest_nbytes, (row_nbytes * min(chunk, len(weight)), row_nbytes * len(weight)))
+        self._note_use(weight, "fused")
+        losses: Tensor = linear_cross_entropy(
+            logits.hidden,
+            weight,
+            labels.transpose(0, 1).contiguous(),
+            LossOptions(vocab_size=layer.output_size, logit_scale=logits.scale),
+            group=layer.tp_group if layer.tp_group.size() > 1 else None,
+            sequence_parallel=layer.sequence_parallel,
+            into_main_grad=_adds_to_main_grad(model, weight),
+            chunk=chunk,
+        ).loss
+        return losses.transpose(0, 1).contiguous()
+
+    def _check(self, model: Any) -> None:
+        if model not in self._known:
+            refuse([*_problems(model)])
+            self._known.add(model)
+
+    def _note_use(self, weight: Any, kind: str) -> None:
+        """Have gradients of both kinds of use added up where a weight has both.
+
+        A loss tells Megatron's DDP that its gradient is in `main_grad` already; DDP would then throw away what comes
+        by autograd of another use, unless `zero_out_wgrad` is set, which Megatron sets for tied embeddings.
+        """
+        if not torch.is_grad_enabled() or not weight.requires_grad:
+            return
+        uses = self._uses.setdefault(weight, set())
+        uses.add(kind)
+        if len(uses) > 1:
+            weight.zero_out_wgrad = True
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise UnsupportedError with these reasons, if there are any."""
+    if problems:
+        raise UnsupportedError(f"{_SECTION}: " + "; ".join(problems))
+
+
+@contextlib.contextmanager
+def _deferred(layer: Module) -> Iterator[None]:
+    """While the block runs, calls of this output layer return `PendingLogits`. Its hooks run as ever."""
+
+    def forward(
+        input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[PendingLogits, None]:
+        assert isinstance(layer, ColumnParallelLinear)
+        if runtime_gather_output and layer.tp_group.size() > 1:
+            raise UnsupportedError(
+                f"{_SECTION}: runtime_gather_output asks for the logits of all tensor-parallel ranks, of which "
+                "Megatron computes no loss; leave it out where labels are given"
+            )
+        return PendingLogits(layer=layer, hidden=input_, weight=layer.weight if weight is None else weight), None
+
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
+
+
+def _asks_for_loss(given: dict[str, Any]) -> bool:
+    """Whether a model called with these arguments returns a loss that Megatron itself would compute from logits."""
+    own = ("inference_context", "inference_params", "output_processor")
+    return (
+        given.get("labels") is not None
+        and all(given.get(name) is None for name in own)
+        and not compat.in_inference_mode()
+    )
+
+
+@functools.cache
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(method)
+
+
+def _output_weight(model: Any) -> Any:
+    own = model.output_layer.weight
+    return model.shared_embedding_or_output_weight() if own is None else own
+
+
+def _adds_to_main_grad(model: Any, weight: Any) -> bool:
+    """Whether DDP has a `main_grad` for this weight, and adds to it what other uses of the weight contribute."""
+    if getattr(weight, "main_grad", None) is None or not hasattr(weight, "grad_added_to_main_grad"):
+        return False
+    is_embedding_too = model.share_embeddings_and_output_weights and hasattr(model, "embedding")
+    return not is_embedding_too or bool(getattr(weight, "zero_out_wgrad", False))
+
+
+def _problems(model: Any) -> Iterator[str]:
+    """Why the loss of a language model cannot be computed without logits."""
+    config = model.config
+    name = type(model).__name__
+    if not isinstance(model, GPTModel):
+        yield f"{name} computes its loss in a way of its own; only GPTModel and what is derived from it can do without"
+        return
+    overridden = type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss
+    if overridden or "compute_language_model_loss" in vars(model):
+        yield f"{name} has a compute_language_model_loss of its own, which takes logits"
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        yield "defer_embedding_wgrad_compute keeps gradients of the logits, which are never in memory; switch it off"
+    if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        yield "overlap_moe_expert_parallel_comm runs the loss on a schedule of its own; switch it off"
+    if getattr(config, "config_logger_dir", ""):
+        yield "config_logger_dir asks for the logits on disk; leave it empty"
+    if compat.uses_cuda_graphs(config):
+        yield "CUDA graphs replay the output layer without calling Python; set cuda_graph_impl to none"
+    if config.mtp_num_layers and compat.mtp_counts_acceptance():
+        yield "mtp_num_layers: this Megatron-Core counts accepted tokens from the logits of every head; set it to None"
+    if model.post_process:
+        yield from _layer_problems(model.output_layer, model)
+
+
+def _layer_problems(layer: Any, model: Any) -> Iterator[str]:
+    if type(layer) is not ColumnParallelLinear or "forward" in vars(layer):
+        yield (
+            f"the output layer is a {type(layer).__name__}{' with a forward of its own' * ('forward' in vars(layer))}, "
+            "not tensor_parallel.ColumnParallelLinear; switch off what replaces it (FP8 output layer, LoRA on it)"
+        )
+        return
+    if layer.gather_output and layer.tp_group.size() > 1:
+        yield (
+            "parallel_output=False gathers the logits of all tensor-parallel ranks, of which Megatron computes no "
+            "loss; set parallel_output to True"
+        )
+    if layer.bias is not None:
+        yield "the output layer has a bias; build it without"
+    if getattr(layer, "gtp_remat_size", 1) > 1:
+        yield "GTP shards the output layer's weight once more; switch it off"
+    if hasattr(_output_weight(model), "__fsdp_param__"):
+        yield "Megatron-FSDP shards the output layer's weight; use DDP, or its distributed optimizer"
