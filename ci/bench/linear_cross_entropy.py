@@ -17,6 +17,7 @@ Memory is what is added at most to hidden states, weight and main_grad: of stora
 which leaves out what an operator holds inside itself; of the allocator on a GPU. It contains the gradients that are
 returned, `gradient_bytes` for those who return both. FLOPs are those of four GEMMs (logits twice), 8 T D V, for every
 contender, also for those that multiply three times. `gemm` is the same machine's rate for one product of this shape.
+On a CPU `cpu_ms`, the processor time of all threads, is what rates are of: other processes do not spoil it.
 
 Random data, fp32 on a CPU and bf16 on a GPU; contenders take turns; on a GPU the L2 cache is flushed before each step.
 """
@@ -150,12 +151,16 @@ class Bench:
             marks[2].record()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             return {"forward_ms": marks[0].elapsed_time(marks[1]), "backward_ms": marks[1].elapsed_time(marks[2])}
-        begin = time.perf_counter()
-        value = loss(self.hidden, self.weight, self.labels)
-        middle = time.perf_counter()
-        value.backward()  # type: ignore[no-untyped-call]
-        end = time.perf_counter()
-        return {"forward_ms": (middle - begin) * 1e3, "backward_ms": (end - middle) * 1e3}
+        forward, backward = common.Clock(), common.Clock()
+        with forward.running():
+            value = loss(self.hidden, self.weight, self.labels)
+        with backward.running():
+            value.backward()  # type: ignore[no-untyped-call]
+        return {
+            "forward_ms": forward.wall * 1e3,
+            "backward_ms": backward.wall * 1e3,
+            "cpu_ms": (forward.cpu + backward.cpu) * 1e3,
+        }
 
     def peak_bytes(self, loss: Loss) -> int:
         """The most memory that a step adds."""
@@ -191,14 +196,15 @@ class Bench:
         width = min(chunk_columns(self.tokens, self.vocabulary, self.dtype.itemsize), self.vocabulary)
         out = torch.empty(self.tokens, width, device=self.device, dtype=self.dtype)
         part = self.weight.detach()[:width].T
+        clock = time.perf_counter if self.device == "cuda" else time.process_time
         took = []
         for _ in range(repetitions + 1):
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(8):
                 torch.mm(self.hidden.detach(), part, out=out)
             if self.device == "cuda":
                 torch.cuda.synchronize()
-            took.append((time.perf_counter() - begin) / 8)
+            took.append((clock() - begin) / 8)
         summary = common.summary(took[1:])
         return {"seconds": summary, "gflops": 2 * self.tokens * self.size * width / summary["median"] / 1e9}
 
@@ -231,12 +237,14 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> common.Jso
     results: common.Json = {name: {"status": reason} for name, reason in status.items()}
     for name, steps in series.items():
         totals = [step["forward_ms"] + step["backward_ms"] for step in steps]
-        rate = bench.gflop / common.summary(totals)["median"] * 1e3
+        working = common.summary([step["cpu_ms"] for step in steps] if args.device == "cpu" else totals)
+        rate = bench.gflop / max(working["median"], 1e-9) * 1e3
         results[name] = {
             "status": "ok",
             "forward_ms": common.summary(step["forward_ms"] for step in steps),
             "backward_ms": common.summary(step["backward_ms"] for step in steps),
             "step_ms": common.summary(totals),
+            "cpu_ms": working if args.device == "cpu" else None,
             "gflops": rate,
             "gemm_share": rate / gemm["gflops"],
             "peak_bytes": peaks[name],
@@ -298,17 +306,18 @@ def show(cell: common.Json) -> None:
     rows = []
     for name, result in cell["contenders"].items():
         if result["status"] != "ok":
-            rows.append((name, result["status"], "", "", "", "", ""))
+            rows.append((name, result["status"], *[""] * 6))
             continue
         rows.append(
             (
                 name, *(f"{result[part]['median']:.1f}" for part in ("forward_ms", "backward_ms", "step_ms")),
+                f"{result['cpu_ms']['median']:.1f}" if result["cpu_ms"] else "-",
                 f"{result['gemm_share']:.1%}", common.mib(result["peak_bytes"]),
                 f"{max(result['relative_errors_to_torch_eager'].values()):.0e}",
             )
         )  # fmt: skip
     title = f"{cell['tokens']} tokens, hidden {cell['hidden']}, vocabulary {cell['vocabulary']}, {cell['dtype']}"
-    header = ("", "forward ms", "backward ms", "step ms", "of GEMM rate", "peak MiB", "error")
+    header = ("", "forward ms", "backward ms", "step ms", "CPU ms", "of GEMM rate", "peak MiB", "error")
     common.print_table(title, header, rows)
 
 

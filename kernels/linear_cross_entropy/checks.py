@@ -12,7 +12,6 @@ from collections.abc import MutableMapping
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .collectives import stack_ranks
@@ -115,6 +114,6 @@ def check_once(
 
 
 def _is_readable(labels: torch.Tensor) -> bool:
-    if labels.is_meta or isinstance(labels, FakeTensor):
+    if labels.is_meta or type(labels) is not torch.Tensor:
         return False
     return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -15,7 +15,6 @@ That is 12 bytes a token, 16 with label smoothing; entropy and arg-max cost 4 mo
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,13 +75,13 @@ class LossOptions:
         if self.logit_scale == 0.0:
             raise ValueError("logit_scale is 0: every logit would be the same")
 
-    @functools.cached_property
+    @property
     def rows(self) -> tuple[str, ...]:
         """Names of the rows of `statistics_NT`, in order."""
         wanted = {"total": self.label_smoothing > 0.0, "weighted": self.entropy, "arg_max": self.arg_max}
         return ("maximum", "sum", "label", *(name for name, is_wanted in wanted.items() if is_wanted))
 
-    @functools.cached_property
+    @property
     def coefficients(self) -> tuple[str, ...]:
         """Names of the rows of `coefficients_MT` (`passes.gradient_coefficients`), in order."""
         wanted = {"uniform": self.label_smoothing > 0.0, "entropy": self.entropy}
