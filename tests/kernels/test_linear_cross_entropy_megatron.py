@@ -1,4 +1,4 @@
-"""The weight gradient where Megatron-Core wants it: in `main_grad`, by either of its two conventions."""
+"""Under Megatron-Core: its loss, and the weight gradient in `main_grad`, by either of its two conventions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -137,3 +137,58 @@ def test_under_megatrons_data_parallelism(dist: Run, tied: bool, fusion: bool, o
     for errors in dist(2)(_under_megatron, tied, fusion, overlap):
         assert len(errors) == (3 if tied else 4)
         assert max(error for _, error in errors) < 5e-6, errors
+
+
+def _beside_stock(sequence_parallel: bool, dtype: torch.dtype) -> dict[str, float]:
+    """Megatron's output layer and loss under tensor parallelism, and ours on the same weight: relative differences."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+    from megatron.core.transformer import TransformerConfig
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, tensor_model_parallel_size=2, params_dtype=dtype,
+        sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    group = parallel_state.get_tensor_model_parallel_group()
+    layer = ColumnParallelLinear(
+        16, 128, config=config, init_method=torch.nn.init.normal_, bias=False, gather_output=False
+    )
+    random = torch.Generator().manual_seed(3)
+    whole = torch.randn(8, 3, 16, generator=random).to(dtype)
+    labels = torch.randint(128, (8, 3), generator=random)
+    upstream = torch.rand(8, 3, generator=random)
+    results = []
+    for is_ours in (False, True):
+        part = whole.chunk(2)[group.rank()] if sequence_parallel else whole
+        hidden = part.clone().requires_grad_()
+        layer.weight.grad = None
+        if is_ours:
+            outputs = linear_cross_entropy(
+                hidden,
+                layer.weight,
+                labels,
+                LossOptions(vocab_size=128),
+                group=group,
+                sequence_parallel=sequence_parallel,
+            )
+            loss = outputs.loss
+        else:
+            loss = vocab_parallel_cross_entropy(layer(hidden)[0].float(), labels)
+        loss.backward(upstream)
+        assert hidden.grad is not None and layer.weight.grad is not None
+        results.append([loss.detach(), hidden.grad.float(), layer.weight.grad.float()])
+    return {
+        name: ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        for name, theirs, ours in zip(("loss", "hidden", "weight"), *results, strict=True)
+    }
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_is_megatrons(dist: Run, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    """On two tensor-parallel ranks; in bf16 both round logits, gradients and their sums, each once."""
+    for errors in dist(2)(_beside_stock, sequence_parallel, dtype):
+        assert max(errors.values()) < (2e-6 if dtype == torch.float32 else 4 * 2.0**-8), errors
