@@ -19,6 +19,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.10"],
     "nemo": ["megatron-bridge"],
     "plot": ["matplotlib"],
+    "solver": ["ortools>=9.10"],
     "solve": ["scipy>=1.9"],  # the solver mip; the others need nothing but a C++ compiler
     "dev": [
         "pytest>=8",

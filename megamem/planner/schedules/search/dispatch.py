@@ -27,8 +27,8 @@ from megamem.planner.schedules.search.problem import Outcome, Problem, Queue, St
 class Rule(NamedTuple):
     """How a rank chooses.
 
-    patience:   F does not start when B is known to come within this share of the F's time
-    alternate:  after a B prefer F where both are ready; otherwise always prefer B
+    patience:   F does not start when B is known to come within this share of the F's time, unless it is F's turn
+    alternate:  after a B it is F's turn: F is preferred where both are ready; otherwise B always is
     backlog:    per rank, how many W may wait
     caps:       per rank, the memory it may use; at most the limit
     """
@@ -77,8 +77,9 @@ def dispatch(problem: Problem, forward: Sequence[Queue], backward: Sequence[Queu
     f_time, w_time, take, kept = problem.forward, problem.weight, problem.take, problem.kept
     patience, alternate, backlog = rule.patience, rule.alternate, rule.backlog
     caps, hair, never = [min(cap, problem.limit) for cap in rule.caps], 1e-9 * problem.period, math.inf
-    next_f, next_b, held, free = [0 for _ in everyone], [0 for _ in everyone], [0.0] * len(caps), [0.0] * len(caps)
-    f_turn = [True for _ in everyone]
+    later_f, later_b = [iter(queue) for queue in forward], [iter(queue) for queue in backward]
+    next_f, next_b = [next(queue, None) for queue in later_f], [next(queue, None) for queue in later_b]
+    held, free, f_turn = [0.0 for _ in everyone], [0.0 for _ in everyone], [True for _ in everyone]
     waiting: list[deque[tuple[int, int]]] = [deque() for _ in everyone]
     steps: Steps = [[] for _ in everyone]
     looks = [(0.0, rank) for rank in everyone]
@@ -87,45 +88,46 @@ def dispatch(problem: Problem, forward: Sequence[Queue], backward: Sequence[Queu
         if now < free[rank]:
             continue  # it was given something to do since
         soon, f_at, b_at, idle_w, blocked = now + hair, never, never, waiting[rank], False
-        if next_b[rank] < len(backward[rank]):
-            b_stage, b_batch = backward[rank][next_b[rank]]
-            b_at = gradients[b_stage][b_batch]
-        if next_f[rank] < len(forward[rank]):
-            f_stage, f_batch = forward[rank][next_f[rank]]
+        if (b_head := next_b[rank]) is not None:
+            b_at = gradients[b_head[0]][b_head[1]]
+        if (f_head := next_f[rank]) is not None:
+            f_stage, f_batch = f_head
             f_at = inputs[f_stage][f_batch]
             if held[rank] + take[f_stage] > caps[rank]:
                 blocked, f_at = f_at <= soon, never
+        turn = alternate and f_turn[rank]
         if len(idle_w) > backlog[rank]:
             kind = "W"
-        elif b_at <= soon and not (alternate and f_turn[rank] and f_at <= soon):
+        elif b_at <= soon and not (turn and f_at <= soon):
             kind = "B"
-        elif f_at <= soon and (b_at <= soon or b_at >= now + patience * f_time[f_stage] - hair):
+        elif f_at <= soon and (turn or b_at <= soon or b_at >= now + patience * f_time[f_stage] - hair):
             kind = "F"
-        elif idle_w and (blocked or min(f_at, b_at) - now >= w_time[idle_w[0][0]] - hair):
+        elif idle_w and (blocked or (f_at if f_at < b_at else b_at) - now >= w_time[idle_w[0][0]] - hair):
             kind = "W"
         else:
-            wake = b_at if f_at <= soon else min(f_at, b_at)
+            wake = b_at if f_at <= soon or b_at < f_at else f_at
             if wake < never:
                 heappush(looks, (wake, rank))
             continue
         if kind == "W":
             stage, batch = idle_w.popleft()
-            free[rank] = end = now + w_time[stage]
-            held[rank] -= kept[stage]
+            seconds, change, target = w_time[stage], -kept[stage], None
+        elif kind == "F":
+            stage, batch = f_head  # type: ignore[misc]
+            next_f[rank] = next(later_f[rank], None)
+            f_turn[rank] = False
+            seconds, change, target, neighbour, hop = f_rows[stage]
         else:
-            stage, batch = (f_stage, f_batch) if kind == "F" else (b_stage, b_batch)
-            seconds, change, target, neighbour, hop = (f_rows if kind == "F" else b_rows)[stage]
-            free[rank] = end = now + seconds
-            held[rank] += change
-            f_turn[rank] = kind == "B"
-            if kind == "F":
-                next_f[rank] += 1
-            else:
-                next_b[rank] += 1
-                idle_w.append((stage, batch))
-            if target is not None:
-                target[batch] = end + hop
-                heappush(looks, (max(end + hop, free[neighbour]), neighbour))
+            stage, batch = b_head  # type: ignore[misc]
+            next_b[rank] = next(later_b[rank], None)
+            f_turn[rank] = True
+            idle_w.append((stage, batch))
+            seconds, change, target, neighbour, hop = b_rows[stage]
+        free[rank] = end = now + seconds
+        held[rank] += change
+        if target is not None:
+            target[batch] = at = end + hop
+            heappush(looks, (at if at > free[neighbour] else free[neighbour], neighbour))
         steps[rank].append((kind, stage, batch, 0))
         heappush(looks, (end, rank))
     return Outcome(max(free), steps) if sum(map(len, steps)) == problem.num_steps else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from megamem.errors import ScheduleError
 from megamem.ir.schedule import Action, Placement, Schedule, Shape
 from megamem.planner.schedules.family import Request
 
@@ -90,6 +91,8 @@ def make_problem(request: Request, shape: Shape, num_chunks: int) -> Problem:
     work = [0.0] * placement.num_ranks
     for rank, stage in zip(ranks, stages, strict=True):
         work[rank] += stage.total
+    if not max(work) > 0:
+        raise ScheduleError("all costs are zero: any schedule is as good as any other")
     limit = math.inf if request.memory_limit is None else request.memory_limit
     return Problem(
         placement=placement,
