@@ -48,6 +48,7 @@ GPU_SHAPES = (
 )  # fmt: skip
 TOY_SHAPES = ((64, 32, 1000), (24, 16, 3001))
 CHUNKS = (3072, 4096, 8192, 16384)
+SLOWEST_MS = {"cpu": 30e3, "cuda": 3e3}  # of one step, for a contender that is worth repeating
 
 Loss = Callable[[Tensor, Any, Tensor], Tensor]
 
@@ -224,6 +225,10 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> common.Jso
             ]
             del found
             peaks[name] = bench.peak_bytes(loss)
+            took = sum(value for part, value in bench.timed(loss).items() if part != "cpu_ms")
+            if took > SLOWEST_MS[args.device]:
+                status[name] = f"{took / 1e3:.1f} s a step: not repeated"
+                del losses[name]
         except (RuntimeError, NotImplementedError, ImportError) as error:
             status[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             del losses[name]

@@ -8,7 +8,7 @@ result by u. With fp32 logits the first is gone, and the loss has the bound of f
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -157,6 +157,13 @@ def test_every_size_of_vocabulary_and_padding(vocab_size: int, padding: int) -> 
     assert not problem.weight_gradient[vocab_size:].any()
 
 
+def test_a_large_vocabulary_stays_exact() -> None:
+    """128256 words: the sums of so many terms keep the bound, over 6 chunks and over many small ones."""
+    problem = Problem(LossOptions(vocab_size=128256, **EVERYTHING), shape=(12,))
+    assert worst(run(problem)) < FP32
+    assert worst(run(problem, chunk=500)) < FP32
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 128, 500, 4000])
 def test_every_width_of_chunk(chunk: int) -> None:
     assert worst(run(Problem(LossOptions(vocab_size=501, **EVERYTHING)), chunk=chunk)) < FP32
@@ -212,6 +219,15 @@ def test_the_input_gradient_is_summed_in_fp32() -> None:
     assert run(problem, chunk=8)["hidden"] < 2 * UNIT[torch.bfloat16]
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """torch refuses what it knows to add up in no fixed order."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_two_runs_give_the_same_bits() -> None:
     problem = Problem(LossOptions(vocab_size=700, **EVERYTHING))
     results = []

@@ -18,8 +18,11 @@ from torch.utils._pytree import tree_leaves
 from megamem.kernels.linear_cross_entropy import (
     LossOptions,
     chunk_columns,
+    gradient_coefficients,
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    shard_input_gradient,
+    shard_statistics_and_numerator,
 )
 from megamem.testing.live import LiveStorages
 
@@ -82,6 +85,16 @@ def test_no_allocation_is_a_quarter_of_the_logits(
         sum(output.sum() for output in outputs[:3] if output is not None).backward()
     assert hidden.grad is not None
     assert 0 < allocations.largest < num_tokens * rows / 4, allocations.where
+
+
+def test_the_parts_with_one_barrier_allocate_no_more() -> None:
+    options = LossOptions(vocab_size=1000, softcap=4.0, z_loss=1e-2)
+    hidden, weight, labels = (tensor.detach() for tensor in operands(512, 8, 1000, torch.float32, "cpu"))
+    with Allocations() as allocations:
+        statistics, numerator = shard_statistics_and_numerator(hidden, weight, labels, options)
+        coefficients = gradient_coefficients(statistics, labels, options, loss_gradient_T=torch.ones(512))
+        shard_input_gradient(numerator, statistics, coefficients, weight, labels, options)
+    assert 0 < allocations.largest < 512 * 1000 / 4, allocations.where
 
 
 def test_the_tracing_sees_logits_where_there_are_some() -> None:
