@@ -15,7 +15,7 @@ from megamem.planner.schedules.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "ci" / "bench"
-NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart", "schedules", "linear_cross_entropy")
+NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart", "schedules", "schedule_search", "linear_cross_entropy")
 
 pytestmark = pytest.mark.megatron
 
@@ -89,6 +89,13 @@ def test_schedules(tmp_path: Path) -> None:
     )
     missed = [target["what"] for target in results["targets"] if not target["met"]]
     assert all("within" in what and " s each" in what for what in missed), missed
+
+
+def test_schedule_search(tmp_path: Path) -> None:
+    results = run("schedule_search", tmp_path / "out.json")
+    rows = [*results["between"]["rows"], *results["v_half"]["rows"], results["large"]]
+    assert all(row["bound"] <= row["auto"] * (1 + 1e-9) and row["peak"] <= row["limit"] * (1 + 1e-9) for row in rows)
+    assert not [target["what"] for target in results["targets"] if not target["met"]]
 
 
 def test_bookkeeping(tmp_path: Path) -> None:
