@@ -15,7 +15,15 @@ from megamem.planner.schedules.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "ci" / "bench"
-NAMES = ("retained_bytes", "bookkeeping", "gpu_layer", "quickstart", "schedules", "schedule_search", "linear_cross_entropy")
+NAMES = (
+    "retained_bytes",
+    "bookkeeping",
+    "gpu_layer",
+    "quickstart",
+    "schedules",
+    "schedule_search",
+    "linear_cross_entropy",
+)
 
 pytestmark = pytest.mark.megatron
 
