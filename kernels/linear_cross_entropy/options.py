@@ -32,7 +32,8 @@ class LossOptions:
     * `vocab_size`: real rows of the whole vocabulary. Rows from there on are padding: they take no part in the softmax
       and get no gradient. Megatron-Core itself counts its padding as vocabulary; to reproduce its loss, pass the padded
       size.
-    * `ignore_index`: tokens with this label have loss, log-probability and entropy 0 and no gradient; None: no such.
+    * `ignore_index`: tokens with this label have loss, log-probability and entropy 0 and no gradient; it may be a word
+      (the padding token, say). None: all tokens count.
     * `label_smoothing`: in [0, 1), over the global vocabulary at every layout, as `torch.nn.functional.cross_entropy`.
       Megatron-Core's formula puts the mass on the other V - 1 words: it is this one with V / (V - 1) times the value.
     * `z_loss`: factor of lse^2 (PaLM, arXiv 2204.02311, section 5).
@@ -60,11 +61,6 @@ class LossOptions:
         if self.arg_max and self.vocab_size > LARGEST_EXACT_ID:
             raise ValueError(
                 f"arg_max counts in fp32 and needs vocab_size <= {LARGEST_EXACT_ID}, not {self.vocab_size}"
-            )
-        if self.ignore_index is not None and 0 <= self.ignore_index < self.vocab_size:
-            raise ValueError(
-                f"ignore_index {self.ignore_index} is a word of the vocabulary (vocab_size {self.vocab_size}); "
-                "take a negative number, or None"
             )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing lies in [0, 1), not {self.label_smoothing}")

@@ -242,10 +242,8 @@ def operands_for(
 def _counted(values_T: torch.Tensor, labels_T: torch.Tensor, options: LossOptions) -> torch.Tensor:
     """The values, but 0 for ignored tokens and NaN for labels outside the vocabulary."""
     is_word_T = (labels_T >= 0) & (labels_T < options.vocab_size)
-    other_T = torch.full_like(values_T, float("nan"))
-    if options.ignore_index is not None:
-        other_T.masked_fill_(labels_T == options.ignore_index, 0.0)
-    return torch.where(is_word_T, values_T, other_T)
+    counted_T = torch.where(is_word_T, values_T, float("nan"))
+    return counted_T if options.ignore_index is None else torch.where(labels_T == options.ignore_index, 0.0, counted_T)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -145,6 +145,14 @@ def test_fp32_is_exact(case: dict[str, Any]) -> None:
     assert worst(run(Problem(LossOptions(vocab_size=997, **case)))) < FP32
 
 
+def test_a_word_can_be_ignored() -> None:
+    """The padding token's id, as many tokenizers' users have it; its weight still is in everybody's softmax."""
+    problem = Problem(LossOptions(vocab_size=20, ignore_index=3, label_smoothing=0.1, entropy=True), shape=(60,))
+    assert (problem.labels == 3).sum() >= 12
+    assert worst(run(problem)) < FP32
+    assert problem.weight_gradient[3].any()
+
+
 @pytest.mark.parametrize("vocab_size", [1, 2, 3, 9, 127, 1000])
 @pytest.mark.parametrize("padding", [0, 1, 64])
 def test_every_size_of_vocabulary_and_padding(vocab_size: int, padding: int) -> None:

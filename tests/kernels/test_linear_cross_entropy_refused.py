@@ -20,7 +20,6 @@ Run = Callable[[int], Callable[..., list[Any]]]
     ("wrong", "name"),
     [
         ({"vocab_size": 0}, "vocab_size"),
-        ({"ignore_index": 3}, "ignore_index"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"z_loss": -1.0}, "z_loss"),
