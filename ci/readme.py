@@ -88,12 +88,13 @@ def quickstart() -> str:
 
 def schedules() -> str:
     """What every schedule costs on one example, from the simulator: exact, and the same on every machine."""
-    ranks, microbatches, chunks = 8, 32, {"interleaved": 4, "gis": 4, "gis-h": 4}
+    ranks, microbatches, chunks = 8, 32, {"interleaved": 4, "gis": 4, "gis-h": 4, "po-h": 4, "po-f": 4}
     real = Uniform(forward=11.347, backward=11.248, weight=8.132, comm=0.377)
     lines = [
         f"On {ranks} ranks with {microbatches} microbatches: share of the step in which ranks idle, with F = B = W and "
         "no communication, and with the times measured for a 14.6B model (arXiv 2401.10241, table 9); most activations "
-        f"on any rank, where {ranks} is what 1F1B needs. Waiting for the slowest rank at the optimizer counts as idle.",
+        f"on any rank, where {ranks} is what 1F1B needs. Waiting for the slowest rank at the optimizer counts as idle; "
+        "copies of po-h and po-f to and from host memory are taken to be as fast as they need to be.",
         "",
         "| schedule | layers | chunks | idle | idle, 14.6B | memory | what it is |",
         "|---|---|---|---|---|---|---|",

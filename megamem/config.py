@@ -197,7 +197,7 @@ class Activations(Section):
 
 
 SCHEDULES = (
-    *("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "gis", "gis-h"),
+    *("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "gis", "gis-h", "po-h", "po-f"),
     *("zb-v", "v-half", "v-min", "v-adaptive", "1f1b-v", "dualpipe-v"),
 )
 """The pipeline schedules that a training job can ask for by name; `megamem simulate` knows more."""
@@ -222,9 +222,10 @@ class Scheduling(Section):
         "off",
         "1f1b and interleaved: Megatron's own orders. zb-h1, zb-h2, zb-1p, zb-2p: input and weight gradients apart, "
         "less bubble at equal or more memory (arXiv 2401.10241). gis, gis-h: the same on Megatron's interleaved layer "
-        "placement, at the memory of 1F1B and at little more than half of it (2503.01328). zb-v, v-half, v-min, "
-        "v-adaptive, 1f1b-v, dualpipe-v: V placement, two chunks per rank (2405.15362). auto: the fastest that "
-        "megamem can find within memory_limit. file: an order of your own.",
+        "placement, at the memory of 1F1B and at little more than half of it; po-h, po-f: half of the chunks, or all, "
+        "wait in host memory between F and B, whole unless the activations section says how (2503.01328). zb-v, "
+        "v-half, v-min, v-adaptive, 1f1b-v, dualpipe-v: V placement, two chunks per rank (2405.15362). auto: the "
+        "fastest that megamem can find within memory_limit. file: an order of your own.",
     )
     chunks: int | Literal["auto"] = option(
         Auto(Count(least=1)),
@@ -280,7 +281,7 @@ class Vocabulary(Section):
         Switch(),
         False,
         "Compute output layer and cross entropy together, chunk by chunk of the vocabulary, so that the logits are "
-        "never in memory: one matrix product of four is done twice. Requests for logits are answered as before.",
+        "never in memory; one matrix product of three is done twice. Requests for logits are answered as before.",
     )
     loss_chunk: int | Literal["auto"] = option(
         Auto(Count(least=1)),

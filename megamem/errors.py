@@ -7,7 +7,7 @@
      |- MissingPackage     an optional package that the asked-for feature needs is absent   (also an ImportError)
      |- ScheduleError      a pipeline schedule is malformed, incomplete, or would deadlock   (also a ValueError)
      |   `- InfeasibleError    no schedule of this kind meets the request; says the nearest one that can be met
-     |- AllocationError    a memory-allocation problem, or a solution of one, is malformed or wrong   (also a ValueError)
+     |- AllocationError    a memory-allocation problem, or a solution of one, is malformed   (also a ValueError)
      |   `- CapacityError      the buffers do not fit into the capacity; says which of them, and what is needed
      |- NativeError        the compiled core cannot be built or loaded; says how to get a compiler
      |- PipelineError      a rank failed while it ran a schedule; says which, and in which action

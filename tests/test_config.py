@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megamem.config import (
+    SCHEDULES,
     Activations,
     Config,
     Scheduling,
@@ -22,6 +23,7 @@ from megamem.config import (
 from megamem.errors import ConfigError, MegamemError
 from megamem.ir.activation import RECOMPUTE, Fate
 from megamem.options import options_of
+from megamem.planner.schedules.families import FAMILIES
 
 EVERYTHING = {
     "policy": "memo",
@@ -234,6 +236,10 @@ def test_a_schedule_is_asked_for_by_name() -> None:
         Scheduling(name="file")
     with pytest.raises(ConfigError, match=r"schedule.trace: has no effect with name 'off'"):
         load_config({"schedule": {"trace": "trace.json"}})
+
+
+def test_every_schedule_that_there_is_can_be_asked_for() -> None:
+    assert set(SCHEDULES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize(

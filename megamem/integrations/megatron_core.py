@@ -17,6 +17,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -24,12 +25,12 @@ from typing import Any, final
 import torch
 from torch.nn import Module
 
-from megamem.config import Config, load_config
+from megamem.config import Activations, Config, load_config
 from megamem.errors import ConfigError, MissingPackage, NotLiveError, UnsupportedError
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
-from megamem.integrations.megatron_schedule import MegatronSchedule
+from megamem.integrations.megatron_schedule import MegatronSchedule, offloads
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
 from megamem.integrations.report import ActivationReport, Report, VocabularyReport
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
@@ -52,7 +53,7 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
     Raises ConfigError where the configuration is wrong or the machine cannot hold it, MissingPackage without
     Megatron-Core, PatchError where the installed release is not one that megamem knows.
     """
-    loaded = load_config(config)
+    loaded = _with_offloads(load_config(config))
     if not loaded.enabled:
         return Handle(loaded, None, Applied())
     try:
@@ -70,6 +71,13 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
     if session.loss is not None:
         patches += [patch.bound(session.loss) for patch in GROUPS["vocabulary.loss"]]
     return Handle(loaded, session, apply(patches))
+
+
+def _with_offloads(config: Config) -> Config:
+    """The configuration with what its schedule's OFFLOAD and RELOAD need: everything swapped, unless it says how."""
+    if config.activations.is_on or not (config.schedule.is_on and offloads(config.schedule)):
+        return config
+    return replace(config, activations=Activations(policy="memo", keep_last_layers=0))
 
 
 def _agreed_host_memory(config: Config, parallel_state: Any) -> int:
@@ -121,7 +129,11 @@ class Session(AbstractSession):
             known = self._layers[layer] = MegatronLayer(layer)
         if self.engine is None:
             self.engine = self._build_engine(layer, known.hidden(args, kwargs))
-        return self.engine.forward(known, UnpatchedForward(forward, layer), args, kwargs)
+        call = UnpatchedForward(forward, layer)
+        if self.schedule is None or not self.schedule.offloads:
+            return self.engine.forward(known, call, args, kwargs)
+        self.engine.mark = leaving = self.schedule.leaving
+        return self.engine.forward(known, call, args, kwargs, spare=leaving is None)
 
     def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         if self.schedule is None:
@@ -177,7 +189,10 @@ class Session(AbstractSession):
         options = self.config.activations
         plan = plan_activations(options, layer.config.num_layers)
         device = self._device or _device_of(hidden)
-        return ActivationEngine(plan, device, self.host_nbytes, verify=options.verify)
+        engine = ActivationEngine(plan, device, self.host_nbytes, verify=options.verify)
+        if self.schedule is not None:
+            self.schedule.reload = engine.fetch_marked
+        return engine
 
     def _checkpoint_experts(self, layer: Any) -> None:
         """Megatron's own checkpoint of the MoE layer, as its `--recompute-modules moe` switches it on."""

@@ -113,14 +113,15 @@ class _Plan:
     planned: PlannedSchedule | None  # None for a forward-only order
     actions: tuple[Action, ...]
     split: frozenset[tuple[int, int]]  # chunks and microbatches whose backward pass is B and W
+    offloaded: frozenset[tuple[int, int]]  # chunks and microbatches that wait in host memory between F and B
     first: frozenset[Action]  # the first F of every chunk
     last: frozenset[Action]  # the actions of every chunk's last microbatch that make gradients
     last_gradient: dict[Action, int]  # the action after which a chunk has all its gradients
 
     @classmethod
     def of(cls, schedule: Schedule, planned: PlannedSchedule | None, rank: int) -> _Plan:
+        check_kinds(action for _, action in schedule)  # of all ranks: they refuse together, or none does
         actions = add_communication(schedule).ranks[rank]
-        check_kinds(actions)
         first: dict[int, Action] = {}
         final: dict[int, Action] = {}
         for action in actions:
@@ -138,6 +139,7 @@ class _Plan:
             planned=planned,
             actions=actions,
             split=frozenset((a.chunk, a.microbatch) for a in actions if a.kind == "B"),
+            offloaded=frozenset((a.chunk, a.microbatch) for a in actions if a.kind == "OFFLOAD"),
             first=frozenset(first.values()),
             last=frozenset(last),
             last_gradient={action: chunk for chunk, action in final.items()},
@@ -150,12 +152,16 @@ class MegatronSchedule:
 
     def __init__(self, options: Scheduling, placement: VPlacement | None, name: str) -> None:
         self.options, self.placement, self._name = options, placement, name
+        self.offloads = offloads(options)
         self.queue = WeightQueue()
         self.linears = SplitLinears(self.queue)
         self.trace: Trace | None = None
         self.records = options.trace != "none"  # whether steps are traced
         self.observe: Callable[[Action], None] | None = None  # called after every action of a training step
+        self.leaving: tuple[int, int] | None = None  # chunk and microbatch that runs forward and is to be offloaded
+        self.reload: Callable[[tuple[int, int]], None] = lambda key: None  # what RELOAD calls
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
+        self._is_alone = False
         self._links: Links | None = None
         self._mailbox: Mailbox | None = None
         self._notice: FailureNotice | None = None
@@ -206,7 +212,8 @@ class MegatronSchedule:
         return self._guarded(call, config, plan)
 
     def _say_alone(self) -> None:
-        if not self._plans:
+        if not self._is_alone:
+            self._is_alone = True
             _LOG.warning(
                 "megamem: schedule.name is %s, and there is one pipeline rank only: Megatron's own loop runs",
                 self.options.name,
@@ -332,6 +339,13 @@ def _shape(options: Scheduling) -> Shape:
     return load_schedule(options.file).placement.shape if options.name == "file" else FAMILIES[options.name].shape
 
 
+def offloads(options: Scheduling) -> bool:
+    """Whether the schedule asked for sends activations of some chunks and microbatches to host memory."""
+    if options.name == "file":
+        return any(action.kind == "OFFLOAD" for _, action in load_schedule(options.file))
+    return options.name in FAMILIES and FAMILIES[options.name].offloads
+
+
 def refuse(config: Any, name: str) -> None:
     """Raise UnsupportedError, with every reason, where settings of the model do not go with a schedule."""
     problems = []
@@ -385,7 +399,7 @@ class _Stages(AbstractStages):
     """The chunks of a rank during one step."""
 
     def __init__(self, owner: MegatronSchedule, call: _Call, config: Any, plan: _Plan, device: torch.device) -> None:
-        self._queue, self._placement = owner.queue, owner.placement
+        self._owner, self._queue, self._placement = owner, owner.queue, owner.placement
         self._call, self._config, self._plan = call, config, plan
         place, rank = plan.schedule.placement, call.group.rank()
         self._is_last = [place.stage(rank, chunk) == place.num_stages - 1 for chunk in range(place.num_chunks)]
@@ -474,6 +488,8 @@ class _Stages(AbstractStages):
         key = action.chunk, action.microbatch
         if key in self._plan.split:
             self._queue.collect(*key)
+        if action.kind == "F" and key in self._plan.offloaded:
+            self._owner.leaving = key
         try:
             if self._placement is None:
                 yield
@@ -482,6 +498,10 @@ class _Stages(AbstractStages):
                     yield
         finally:
             self._queue.stop()
+            self._owner.leaving = None
+
+    def reload(self, action: Action) -> None:
+        self._owner.reload((action.chunk, action.microbatch))
 
 
 class _GradientSync:

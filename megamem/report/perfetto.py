@@ -2,7 +2,8 @@
 
 One process per pipeline rank, with a thread for compute and, where there are copies, one for each direction to and from
 host memory; the activation memory is a counter. Predicted and measured times have the same form, so that two files lie
-side by side. Format: "Trace Event Format" of the Chromium project, complete events (X), counters (C), instants (i), metadata (M).
+side by side. Format: "Trace Event Format" of the Chromium project: complete events (X), counters (C), instants (i),
+metadata (M).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from megamem.runtime.activations.streams import AbstractDevice
 
 _LOG = logging.getLogger("megamem")
 _ROOMS: tuple[Room, ...] = ("all", "base", "none")
+_SPARED = LayerRule(untouched=True)
 
 Shape = tuple[torch.Size, torch.dtype, bool]
 """What a layer's signature depends on: its input's shape and dtype, and whether it requires grad."""
@@ -83,19 +84,23 @@ class ActivationEngine:
         # By the layer, not by its number: multi-token prediction counts its layers anew. Weakly: models come and go.
         self._known: weakref.WeakKeyDictionary[AbstractLayer, _Known] = weakref.WeakKeyDictionary()
         self._last: tuple[weakref.ref[Tensor], weakref.ref[LayerRun]] | None = None
+        self.mark: Hashable | None = None  # layers that run forward from now on are fetched together (fetch_marked)
+        self._marked: dict[Hashable, list[weakref.ref[LayerRun]]] = {}
         self._has_warned_of_room = False
         self._is_storing_over = False  # the second layer's backward pass since the last forward has started
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def forward(self, layer: AbstractLayer, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-        """Run a layer's forward (`call`) so that its activations go where the plan says.
+    def forward(
+        self, layer: AbstractLayer, call: Callable[..., Any], args: Args, kwargs: Kwargs, *, spare: bool = False
+    ) -> Any:
+        """Run a layer's forward (`call`) so that its activations go where the plan says, or stay if told to `spare` it.
 
         Raises UnsupportedError where the layer cannot do what the plan asks for.
         """
         if not torch.is_grad_enabled():
             return call(*args, **kwargs)
-        rule = self.plan.rule(layer.number)
+        rule = _SPARED if spare else self.plan.rule(layer.number)
         self._retire()
         self._is_storing_over = False
         hidden = layer.hidden(args, kwargs)
@@ -103,6 +108,8 @@ class ActivationEngine:
         if known is None:
             known = self._known[layer] = _Known(layer, rule)
         run = LayerRun(self, layer, call, args, kwargs, self._previous(hidden))
+        if self.mark is not None:
+            self._marked.setdefault(self.mark, []).append(weakref.ref(run))
         if rule.untouched:
             result = self._untouched(run, known, call, args, kwargs, hidden)
         else:
@@ -284,6 +291,12 @@ class ActivationEngine:
         if output.grad_fn is not None:
             output.grad_fn.register_prehook(run.begin)
 
+    def fetch_marked(self, mark: Hashable) -> None:
+        """Start to bring back what the layers that ran under `mark` have in host memory, the last one first."""
+        for reference in reversed(self._marked.pop(mark, [])):
+            if (run := reference()) is not None:
+                run.fetch()
+
     def on_begin(self, run: LayerRun) -> None:
         """A layer's backward pass starts: fetch what the next one needs, and let go of what has been copied."""
         for later in self.order.next_after(run):
@@ -333,13 +346,15 @@ class ActivationEngine:
         if self.expert_courier is not None:
             self.expert_courier.flush()
         self.order.end_step()
-        self._last = None
+        self._marked.clear()
+        self.mark = self._last = None
         self.stats.num_steps += 1
 
     def abandon_step(self) -> None:
         """A step was broken off by an exception: what is still under way belongs to graphs that will be dropped."""
         self.order.end_step()
-        self._last = None
+        self._marked.clear()
+        self.mark = self._last = None
 
     @property
     def is_live(self) -> bool:

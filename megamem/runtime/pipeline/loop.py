@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megamem.errors import PipelineError, UnsupportedError
-from megamem.ir.schedule import Action, Kind
+from megamem.ir.schedule import COMMUNICATION, Action, Kind
 from megamem.runtime.pipeline.failure import FailureNotice
 from megamem.runtime.pipeline.mailbox import Mailbox
 from megamem.runtime.pipeline.trace import Trace
@@ -35,6 +35,10 @@ class AbstractStages(ABC):
     @abstractmethod
     def weight(self, action: Action) -> None:
         """Compute the weight gradients, or the part of them, that W stands for."""
+
+    @abstractmethod
+    def reload(self, action: Action) -> None:
+        """Begin to bring back what the forward pass of a chunk and microbatch sent to host memory."""
 
     @abstractmethod
     def release(self, output: Tensor) -> None:
@@ -101,6 +105,8 @@ class Loop:
             "SEND_B": self._send_gradient,
             "RECV_F": self._post_activation,
             "RECV_B": self._post_gradient,
+            "OFFLOAD": self._nothing,  # layer by layer, it began while F ran
+            "RELOAD": self._stages.reload,
         }
 
     def _forward(self, action: Action) -> None:
@@ -156,6 +162,9 @@ class Loop:
         assert gradient is not None
         self._mailbox.send("B", action.chunk, action.microbatch, gradient)
 
+    def _nothing(self, action: Action) -> None:
+        pass
+
     def _post_activation(self, action: Action) -> None:
         self._mailbox.post("F", action.chunk, action.microbatch)
 
@@ -163,7 +172,7 @@ class Loop:
         self._mailbox.post("B", action.chunk, action.microbatch)
 
 
-_RUNS: frozenset[Kind] = frozenset({"F", "B", "BW", "W", "SEND_F", "SEND_B", "RECV_F", "RECV_B"})
+_RUNS: frozenset[Kind] = COMMUNICATION | frozenset({"F", "B", "BW", "W", "OFFLOAD", "RELOAD"})
 
 
 def check_kinds(actions: Iterable[Action]) -> None:
