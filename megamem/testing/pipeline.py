@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megamem.integrations.megatron_core import Handle, enable
+from megamem.runtime.activations.streams import AbstractDevice
 from megamem.testing.models import Batch, GptCase, batches, build_gpt, build_optimizer, global_names
 from megamem.testing.parity import relative_error, seed_everything
 
@@ -71,18 +72,17 @@ def train_pipeline(
     *,
     config: Mapping[str, Any] = {},
     inspect: Callable[[Handle], None] | None = None,
-    chunks: Sequence[Module] | None = None,
+    device: AbstractDevice | None = None,
 ) -> Outcome:
     """Build the model and train it; `schedule` is the configuration section, None for stock Megatron.
 
-    `config` holds other sections; `inspect(handle)` is called after the last step; `chunks` is a model to go on with.
+    `config` holds other sections; `inspect(handle)` is called after the last step; `device` replaces the copy queues.
     """
     seed_everything()
     with contextlib.ExitStack() as stack:
         sections = {**config, **({"schedule": dict(schedule)} if schedule is not None else {})}
-        handle = stack.enter_context(enable(sections)) if sections else None
-        model = list(chunks) if chunks is not None else build_pipeline(case)
-        outcome = _train(case, model)
+        handle = stack.enter_context(enable(sections, device=device)) if sections else None
+        outcome = _train(case, build_pipeline(case))
         if inspect is not None and handle is not None:
             inspect(handle)
         return outcome

@@ -169,3 +169,37 @@ def test_v_placement_equal_to_stock(dist: Dist, name: str) -> None:
     num_ranks, fields, options, names, config = V_CASES[name]
     outcomes = dist(num_ranks)(compare_placed, fields, options, names, config)
     assert outcomes == [{schedule: [] for schedule in names}] * num_ranks
+
+
+def swap_at_the_worst_time(name: str, policy: str) -> list[str]:
+    """Activations travel as late as recorded waits allow, and freed memory is poisoned, while W is put off."""
+    from megamem.testing.models import GptCase, init_parallel
+    from megamem.testing.pipeline import PipelineCase, train_pipeline
+    from megamem.testing.streams import SimulatedDevice
+
+    case = PipelineCase(gpt=GptCase(**LLAMA, pp=2), steps=3)
+    init_parallel(case.gpt)
+    config = {"activations": {"policy": policy, "keep_last_layers": 0}}
+    ours = train_pipeline(case, {"name": name}, config=config, device=SimulatedDevice(seed=1))
+    return ours.differences(train_pipeline(case))
+
+
+@pytest.mark.parametrize("policy", ["memo", "recompute"])
+def test_what_w_keeps_outlives_the_swapped_layer(dist: Dist, policy: str) -> None:
+    assert dist(2)(swap_at_the_worst_time, "zb-h2", policy) == [[], []]
+
+
+EIGHT: dict[str, tuple[Fields, tuple[str, ...]]] = {
+    "one chunk": ({"layers": 16}, ("1f1b", "zb-h1", "zb-2p")),
+    "two chunks": ({"layers": 32, "vpp": 2}, TWO_CHUNKS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EIGHT)
+def test_eight_ranks(dist: Dist, name: str) -> None:
+    fields, names = EIGHT[name]
+    options = {"num_microbatches": 16, "steps": 1}
+    for found in dist(8)(compare, {**LLAMA, **fields, "pp": 8}, options, names, {}, timeout=300):
+        assert found.pop("losses") in (0, 16)
+        assert found == {schedule: [] for schedule in names}

@@ -67,7 +67,7 @@ def test_an_order_of_ones_own(dist: Dist, tmp_path: Path, ranks: str) -> None:
         (
             "rank 0: 0F0 0F1 0F2 0F3 0S0 0S1 0S2 0S3 0T0 0T1 0T2 0T3 0BW0 0BW1 0BW2 0BW3\n"
             "rank 1: 0F0 0F1 0F2 0F3 0S0 0S1 0S2 0S3 0T0 0T1 0T2 0T3 0BW0 0BW1 0BW2 0BW3\n",
-            "UnsupportedError",
+            "ScheduleError",
         ),
     ],
     ids=["without W", "vocabulary passes"],
