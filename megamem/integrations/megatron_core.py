@@ -219,6 +219,8 @@ class Handle:
                 self._session.undo.pop()()
             if self._session.schedule is not None:
                 self._session.schedule.close()
+            if self._session.loss is not None:
+                self._session.loss.close()
 
     @property
     def engine(self) -> ActivationEngine | None:

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -85,7 +84,7 @@ class FusedLoss(AbstractLoss):
         self.num_losses = self.num_stock = 0
         self.largest_nbytes = (0, 0)
         self._known: weakref.WeakSet[Module] = weakref.WeakSet()  # models that were checked
-        self._uses: MutableMapping[Any, set[str]] = WeakIdKeyDictionary()  # of weights, as `_note_use` has them
+        self._marked: MutableMapping[Any, None] = WeakIdKeyDictionary()  # weights with a `zero_out_wgrad` of ours
 
     def problems(self, chunks: Sequence[Module]) -> list[str]:
         """Why losses of these model chunks cannot be computed; empty where all can."""
@@ -97,7 +96,6 @@ class FusedLoss(AbstractLoss):
             return method(model, *args, **kwargs)
         if not _asks_for_loss(_signature(method).bind(model, *args, **kwargs).arguments):
             self.num_stock += 1
-            self._note_use(_output_weight(model), "stock")
             return method(model, *args, **kwargs)
         self._check(model)
         with _deferred(model.output_layer):
@@ -115,7 +113,6 @@ class FusedLoss(AbstractLoss):
         row_nbytes = labels.numel() * size
         self.num_losses += 1
         self.largest_nbytes = max(self.largest_nbytes, (row_nbytes * min(chunk, len(weight)), row_nbytes * len(weight)))
-        self._note_use(weight, "fused")
         losses: Tensor = linear_cross_entropy(
             logits.hidden,
             weight,
@@ -123,7 +120,7 @@ class FusedLoss(AbstractLoss):
             LossOptions(vocab_size=layer.output_size, logit_scale=logits.scale),
             group=layer.tp_group if layer.tp_group.size() > 1 else None,
             sequence_parallel=layer.sequence_parallel,
-            into_main_grad=_adds_to_main_grad(model, weight),
+            into_main_grad=self._into_main_grad(weight),
             chunk=chunk,
         ).loss
         return losses.transpose(0, 1).contiguous()
@@ -133,18 +130,25 @@ class FusedLoss(AbstractLoss):
             refuse([*_problems(model)])
             self._known.add(model)
 
-    def _note_use(self, weight: Any, kind: str) -> None:
-        """Have gradients of both kinds of use added up where a weight has both.
+    def _into_main_grad(self, weight: Any) -> bool:
+        """Whether Megatron's DDP has a `main_grad` for this weight; if so, have it add up what other uses contribute.
 
-        A loss tells Megatron's DDP that its gradient is in `main_grad` already; DDP would then throw away what comes
-        by autograd of another use, unless `zero_out_wgrad` is set, which Megatron sets for tied embeddings.
+        The loss tells DDP that its gradient is in `main_grad` already. DDP then throws away what arrives by autograd,
+        which may be that of another use in the same step: a tied embedding, or logits that were asked for. With
+        `zero_out_wgrad`, which Megatron sets for embeddings tied on one rank, it adds that; the loss's part is zero.
         """
-        if not torch.is_grad_enabled() or not weight.requires_grad:
-            return
-        uses = self._uses.setdefault(weight, set())
-        uses.add(kind)
-        if len(uses) > 1:
+        if getattr(weight, "main_grad", None) is None or not hasattr(weight, "grad_added_to_main_grad"):
+            return False
+        if not getattr(weight, "zero_out_wgrad", False):
             weight.zero_out_wgrad = True
+            self._marked[weight] = None
+        return True
+
+    def close(self) -> None:
+        """Forget the weights, and that their gradients have to be zeroed."""
+        for weight in [*self._marked]:
+            del weight.zero_out_wgrad
+        self._marked.clear()
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -193,14 +197,6 @@ def _signature(method: Callable[..., Any]) -> inspect.Signature:
 def _output_weight(model: Any) -> Any:
     own = model.output_layer.weight
     return model.shared_embedding_or_output_weight() if own is None else own
-
-
-def _adds_to_main_grad(model: Any, weight: Any) -> bool:
-    """Whether DDP has a `main_grad` for this weight, and adds to it what other uses of the weight contribute."""
-    if getattr(weight, "main_grad", None) is None or not hasattr(weight, "grad_added_to_main_grad"):
-        return False
-    is_embedding_too = model.share_embeddings_and_output_weights and hasattr(model, "embedding")
-    return not is_embedding_too or bool(getattr(weight, "zero_out_wgrad", False))
 
 
 def _problems(model: Any) -> Iterator[str]:
