@@ -23,6 +23,7 @@ NAMES = (
     "schedules",
     "schedule_search",
     "linear_cross_entropy",
+    "pipeline_loop",
 )
 
 pytestmark = pytest.mark.megatron
@@ -158,3 +159,13 @@ def test_every_contender_of_gpu_layer_runs_on_a_cpu(tmp_path: Path) -> None:
         assert stored["memo 0"] <= stored["memo uniform"] <= stored["memo 1"]
         # The recipe leaves the log-sum-exp of toys, a few numbers, where it is.
         assert 0.9 * layers * base < stored["public recipe"] <= layers * base
+
+
+def test_pipeline_loop(tmp_path: Path) -> None:
+    results = run("pipeline_loop", tmp_path / "out.json")
+    assert set(results) == {"steps", "overhead"}
+    for part in results.values():
+        assert set(part) == {"1f1b", "interleaved"}
+        for found in part.values():
+            for what in ("stock_ms", "ours_ms", "ratio", "ratio_cpu_time", "added_microseconds"):
+                check_summary(found[what])
