@@ -10,6 +10,7 @@ to bf16 nowhere, is: no gradient may be further from it than 1.2 times as far as
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -324,3 +325,168 @@ def heads_of_multi_token_prediction(tied: bool, ddp: bool) -> tuple[dict[str, fl
 @pytest.mark.parametrize("ddp", [False, True])
 def test_heads_of_multi_token_prediction_make_no_logits_either(dist: Dist, tied: bool, ddp: bool) -> None:
     assert dist(1)(heads_of_multi_token_prediction, tied, ddp) == [({}, 6)]
+
+
+def refusals() -> dict[str, str]:
+    """What a first step says of models that do not go with it, before anything ran."""
+    import torch
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing.models import build_config, build_gpt, unwrap
+    from megamem.testing.pipeline import PipelineCase, run_step
+
+    case = start_case(**SMALL)
+
+    class Adapted(ColumnParallelLinear):
+        pass
+
+    def put(owner: str, name: str, value: Any) -> Callable[[Any], None]:
+        return lambda model: setattr({"config": model.config, "layer": model.output_layer}[owner], name, value)
+
+    faults: dict[str, Callable[[Any], None]] = {
+        "defer": put("config", "defer_embedding_wgrad_compute", True),
+        "overlap": put("config", "overlap_moe_expert_parallel_comm", True),
+        "logger": put("config", "config_logger_dir", "somewhere"),
+        "graphs": put("config", "cuda_graph_impl", "local"),
+        "bias": put("layer", "bias", torch.nn.Parameter(torch.zeros(72))),
+        "forward": put("layer", "forward", lambda *_: None),
+        "class": put("layer", "__class__", Adapted),
+        "gtp": put("layer", "gtp_remat_size", 2),
+        "fsdp": lambda model: setattr(model.output_layer.weight, "__fsdp_param__", True),
+        "loss": lambda model: setattr(model, "compute_language_model_loss", lambda *_: None),
+    }
+    said = {}
+    for name, spoil in faults.items():
+        with enable(FUSED):
+            chunks = build_gpt(case)
+            spoil(unwrap(chunks[0]))
+            said[name] = error_of(functools.partial(run_step, PipelineCase(gpt=case), chunks, 2, seed=0))
+            assert not any(parameter.main_grad.any() for parameter in chunks[0].parameters() if parameter.dim() > 1)
+    with enable(FUSED):
+        bert = BertModel(build_config(case), 2, bert_layer_local_spec, 72, 16)
+        said["bert"] = error_of(functools.partial(run_step, PipelineCase(gpt=case), [bert], 2, seed=0))
+    return said
+
+
+def test_what_does_not_go_with_it_is_refused_by_name_before_the_first_step(dist: Dist) -> None:
+    (said,) = dist(1)(refusals)
+    names = {
+        "defer": "defer_embedding_wgrad_compute",
+        "overlap": "overlap_moe_expert_parallel_comm",
+        "logger": "config_logger_dir",
+        "graphs": "cuda_graph_impl",
+        "bias": "bias",
+        "forward": "ColumnParallelLinear with a forward of its own",
+        "class": "the output layer is a Adapted",
+        "gtp": "GTP",
+        "fsdp": "Megatron-FSDP",
+        "loss": "GPTModel has a compute_language_model_loss of its own",
+        "bert": "BertModel computes its loss in a way of its own",
+    }
+    assert said.keys() == names.keys()
+    for name, text in said.items():
+        assert text.startswith("UnsupportedError: vocabulary.fused_loss: ") and names[name] in text, (name, text)
+
+
+def gathered_output(pp: int) -> list[str]:
+    """parallel_output=False on the last stage, which is the only rank that sees it; and the option of a call."""
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing.models import batches, build_gpt, unwrap
+    from megamem.testing.pipeline import PipelineCase, run_step
+
+    case = start_case(**{**SMALL, "layers": pp, "tp": 2, "pp": pp})
+    said = []
+    with enable(FUSED):
+        chunks = build_gpt(case)
+        model = unwrap(chunks[0])
+        if pp == 1:
+            (batch,) = batches(case, 1)
+            options = {"labels": batch.labels, "runtime_gather_output": True}
+            said.append(error_of(lambda: chunks[0](batch.tokens, batch.positions, batch.mask, **options)))
+            said.append(
+                error_of(lambda: chunks[0](batch.tokens, batch.positions, batch.mask, labels=batch.labels + 72))
+            )
+        if model.post_process:
+            model.output_layer.gather_output = True
+        said.append(error_of(lambda: run_step(PipelineCase(gpt=case), chunks, 2, seed=0)))
+    return said
+
+
+def test_gathered_output_and_wrong_labels_are_refused_on_every_rank(dist: Dist) -> None:
+    for call, labels, step in dist(2)(gathered_output, 1):
+        assert call.startswith("UnsupportedError: vocabulary.fused_loss: runtime_gather_output asks")
+        assert labels.startswith("ValueError: 32 of 32 labels lie outside the vocabulary")
+        assert "parallel_output=False gathers the logits" in step
+    found = [text for (text,) in dist(4)(gathered_output, 2)]
+    assert all(text.startswith("UnsupportedError: vocabulary.fused_loss: ") for text in found)
+    assert ["parallel_output=False" in text for text in found] == [False, False, True, True]
+    assert "the model of another rank" in found[0]
+
+
+def step_with_a_loss_of_its_own() -> tuple[str, int]:
+    """A trainer that asks the model for logits: nothing of megamem's takes part."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing.models import batches, build_gpt
+
+    case = start_case(**SMALL)
+
+    def forward_step(data: Iterator[Any], model: Any) -> Any:
+        batch = next(data)
+        return model(batch.tokens, batch.positions, batch.mask), lambda logits: (logits.mean(), {})
+
+    with enable(FUSED) as handle:
+        chunks = build_gpt(case)
+        said = error_of(
+            lambda: get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches(case, 2)),
+                model=chunks,
+                num_microbatches=2,
+                seq_length=case.sequence,
+                micro_batch_size=case.microbatch,
+                forward_only=False,
+            )
+        )
+        assert handle.loss is not None
+        return said, handle.loss.num_stock
+
+
+def test_a_step_without_a_fused_loss_is_an_error(dist: Dist) -> None:
+    ((said, num_stock),) = dist(1)(step_with_a_loss_of_its_own)
+    assert said.startswith("NotLiveError: vocabulary.fused_loss is true, a step has run, and no rank computed a loss")
+    assert num_stock == 2
+
+
+def scaled_and_looked_at() -> tuple[Any, str, str, list[bool]]:
+    """What stands for logits between layer and loss; the report; and whether disable leaves anything behind."""
+    import torch
+
+    from megamem.integrations.megatron_core import enable
+    from megamem.integrations.vocabulary import PendingLogits
+    from megamem.testing.models import build_gpt, unwrap
+    from megamem.testing.pipeline import PipelineCase, run_step
+
+    case = start_case(**SMALL)
+    handle = enable({"vocabulary": {"fused_loss": True, "loss_chunk": 8}})
+    chunks = build_gpt(case)
+    layer = unwrap(chunks[0]).output_layer
+    run_step(PipelineCase(gpt=case), chunks, 2, seed=0)
+    during = hasattr(layer.weight, "zero_out_wgrad")
+    report = str(handle.report())
+    handle.disable()
+    pending = PendingLogits(layer=layer, hidden=torch.ones(1), weight=layer.weight) * 0.5 * 0.5
+    left = [during, hasattr(layer.weight, "zero_out_wgrad"), "forward" in vars(layer)]
+    return pending.scale, error_of(lambda: pending.float()), report, left
+
+
+def test_what_stands_for_logits_says_so_and_nothing_stays(dist: Dist) -> None:
+    ((scale, said, report, left),) = dist(1)(scaled_and_looked_at)
+    assert scale == 0.25
+    assert "asks for the logits (float), which are never in memory" in said
+    assert "losses computed without logits  2" in report and "logits in memory at a time" in report
+    assert left == [True, False, False]
