@@ -189,6 +189,35 @@ def test_what_w_keeps_outlives_the_swapped_layer(dist: Dist, policy: str) -> Non
     assert dist(2)(swap_at_the_worst_time, "zb-h2", policy) == [[], []]
 
 
+class FusedOnCpu:
+    """The two functions of Apex's CUDA extension that Megatron calls for gradient accumulation fusion, in PyTorch."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(source: Any, grad_output: Any, main_grad: Any) -> None:
+        main_grad.add_(grad_output.float().t().matmul(source.float()))
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def compare_fused(fields: Fields, ddp: Fields, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """With weight gradients that linear layers add to main_grad themselves."""
+    from megatron.core.tensor_parallel import layers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "fused_weight_gradient_mlp_cuda", FusedOnCpu, raising=False)
+        patch.setattr(layers, "_grad_accum_fusion_available", True)
+        fields = {**fields, "config": {"gradient_accumulation_fusion": True}}
+        found = compare(fields, {"ddp": ddp, "steps": 3}, names, {})
+    found.pop("losses")
+    return found
+
+
+@pytest.mark.parametrize("ddp", [{}, OVERLAP], ids=["", "overlapped"])
+def test_gradient_accumulation_fusion(dist: Dist, ddp: Fields) -> None:
+    fields = {**GPT, "pp": 2, "dtype": "bfloat16"}
+    assert dist(4)(compare_fused, fields, ddp, ("1f1b", "zb-h1")) == [{"1f1b": [], "zb-h1": []}] * 4
+
+
 EIGHT: dict[str, tuple[Fields, tuple[str, ...]]] = {
     "one chunk": ({"layers": 16}, ("1f1b", "zb-h1", "zb-2p")),
     "two chunks": ({"layers": 32, "vpp": 2}, TWO_CHUNKS),
