@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,7 +179,7 @@ def _read(path: Path) -> tuple[Problem, tuple[int, ...] | None]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as fault:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as fault:
         reason = (fault.strerror if isinstance(fault, OSError) else None) or fault
         raise AllocationError(f"{path}: cannot be read ({reason})") from fault
     return _parse(text, str(path))

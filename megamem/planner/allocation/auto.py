@@ -2,7 +2,7 @@
 
 On traces of real training the greedy portfolio meets the lower bound, or nearly, and that is the end. What is left is
 searched exactly, part by part; a part too large for that is planned on two levels, and then the order of its buffers is
-improved until the time is over.
+improved until that gains nothing, or the time is over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megamem.planner.allocation.bilevel import BilevelSolver
 from megamem.planner.allocation.exact import MAX_BUFFERS, Part, worst_part
 from megamem.planner.allocation.solver import Solver, Task
 
-_TURNS = 1_000_000  # of the wheel: until the time is over
+_TURNS = 400  # of the wheel without a gain
 _SMALL = 600  # buffers of a part that the exact search usually settles at once
 
 

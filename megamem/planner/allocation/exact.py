@@ -56,7 +56,7 @@ def preorders(problem: Problem, sweep: Sweep, indices: Sequence[int]) -> list[li
     keys: dict[str, Sequence[int]] = {
         "W": [buffer.upper - buffer.lower for buffer in buffers],
         "A": [(buffer.upper - buffer.lower) * buffer.size for buffer in buffers],
-        "T": greedy.fullest_section(sweep),
+        "T": greedy.fullest_met(sweep),
         "L": [last - first for first, last in zip(sweep.first, sweep.last, strict=True)],
         "S": sweep.size,
     }

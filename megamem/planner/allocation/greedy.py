@@ -3,7 +3,8 @@
 Placing buffers one after the other into the lowest gap that holds them is good when the order is: by size, with birth
 as tie-break, it comes within 0.4 % of the lower bound on every Megatron trace that was tried, where "longest first" as
 the tie-break is 10 % off. No single order is best for all, so several are tried. Greedy by size is that of arXiv
-2001.03288. Long-lived buffers first, by birth, makes a stack of what the backward pass frees in the opposite order.
+2001.03288. Long-lived buffers first, by birth, makes a stack of what the backward pass frees in the opposite order. The
+fullest section's buffers before all others leave no hole in that section.
 
 What is left of the time goes into squeaky-wheel optimisation (Joslin and Clements, JAIR 10, 1999): buffers that end
 above the target move forward in the best order, and it is tried again.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import ClassVar
 
 from megamem.planner.allocation.solver import Solver, Task
@@ -33,19 +34,34 @@ def orders(sweep: Sweep) -> Iterator[tuple[str, list[int]]]:
         long = share * sweep.num_sections
         yield (
             f"long-lived/{share:g}",
-            sorted(everyone, key=lambda i: (0, first[i], 0) if last[i] - first[i] > long else (1, -size[i], first[i])),
+            sorted(everyone, key=lambda i: _in_stack(sweep, i, long)),
+        )
+    fullest = set(sweep.members(sweep.live.index(sweep.max_live))) if len(sweep) else set()
+    for share in _LONG_LIVED[:3]:
+        long = share * sweep.num_sections
+        yield (
+            f"fullest-section, long-lived/{share:g}",
+            sorted(everyone, key=lambda i: _in_stack(sweep, i, long, fullest)),
         )
     yield "size-class/birth", sorted(everyone, key=lambda i: (-size[i].bit_length(), first[i]))
     yield "size-class/death", sorted(everyone, key=lambda i: (-size[i].bit_length(), -last[i]))
     yield "area", sorted(everyone, key=lambda i: -size[i] * (last[i] - first[i]))
     yield "duration", sorted(everyone, key=lambda i: (first[i] - last[i], -size[i]))
-    fullest = fullest_section(sweep)
-    yield "section-total", sorted(everyone, key=lambda i: (-fullest[i], -size[i]))
+    totals = fullest_met(sweep)
+    yield "section-total", sorted(everyone, key=lambda i: (-totals[i], -size[i]))
     yield "size/duration", sorted(everyone, key=lambda i: (-size[i], first[i] - last[i]))
     yield "birth", sorted(everyone, key=first.__getitem__)
 
 
-def fullest_section(sweep: Sweep) -> list[int]:
+def _in_stack(sweep: Sweep, i: int, long: float, first_of_all: Container[int] = ()) -> tuple[int, int, int]:
+    """Sort key: `first_of_all`, then what lives for more than `long` sections, both by birth; the rest by size."""
+    birth = sweep.first[i]
+    if i in first_of_all:
+        return 0, int(sweep.last[i] - birth <= long), birth
+    return (1, birth, 0) if sweep.last[i] - birth > long else (2, -sweep.size[i], birth)
+
+
+def fullest_met(sweep: Sweep) -> list[int]:
     """Per buffer, the units live in the fullest section of its life: a sparse table of range maxima, O(n log n)."""
     table = [array("q", sweep.live)]
     while (half := 1 << (len(table) - 1)) * 2 <= sweep.num_sections:
