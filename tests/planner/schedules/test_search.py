@@ -24,7 +24,7 @@ from megamem.planner.schedules.search.modulo import place, rounded, steady_peak
 from megamem.planner.schedules.search.problem import make_problem
 from megamem.planner.schedules.search.refill import refill
 from megamem.planner.schedules.search.unroll import unroll
-from megamem.planner.schedules.search.waves import Wave, equal_groups, turns, wave_queues
+from megamem.planner.schedules.search.waves import Wave, even_groups, turns, wave_queues
 from megamem.planner.schedules.simulator import price, simulate
 
 RECORDS = Path(__file__).parents[3].parent / "shared" / "data" / "schedules.json"
@@ -146,7 +146,7 @@ def test_pieces_of_w_fill_gaps_that_whole_ones_do_not() -> None:
     assert pieces.simulation.makespan <= whole.simulation.makespan
     problem = make_problem(request, "round-robin", 2)
     merged = [
-        [step for step in order if step[0] != "W"] for order in _steps(problem, Wave(equal_groups(4, 8), 1.0, 0.5, 0.5))
+        [step for step in order if step[0] != "W"] for order in _steps(problem, Wave(even_groups(4, 8), 1.0, 0.5, 0.5))
     ]
     divided = refill(problem, merged, [8] * 4, parts=4)
     assert divided is not None
@@ -189,7 +189,7 @@ def test_the_searchs_own_times_are_the_simulators(shape: str, chunks: int) -> No
 def test_two_queues_that_wait_for_each_other_are_no_schedule() -> None:
     request = Request(num_ranks=4, num_microbatches=8, memory_limit=1.0)
     problem = make_problem(request, "round-robin", 2)
-    forward, backward = wave_queues(problem, Wave(equal_groups(4, 8), 1.0, 1.0, 1.0))
+    forward, backward = wave_queues(problem, Wave(even_groups(4, 8), 1.0, 1.0, 1.0))
     assert dispatch(problem, forward, backward, Rule(0.0, True, (0,) * 4, (1.0,) * 4)) is None
     merged = [
         [*(("F", *entry, 0) for entry in f), *(("B", *entry, 0) for entry in b)]
@@ -208,6 +208,13 @@ def test_the_steady_state_on_a_v_reaches_the_bound_of_littles_law_at_unit_cost()
     outcome = unroll(problem, chain)
     assert outcome is not None
     check_schedule(problem.schedule("unrolled", outcome.steps), memory_limit=4.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "groups"), [(4, 8, (4, 4)), (14, 48, (12,) * 4), (5, 8, (4, 4)), (3, 8, (3, 3, 2)), (9, 4, (4,))]
+)
+def test_groups_are_even(size: int, total: int, groups: tuple[int, ...]) -> None:
+    assert even_groups(size, total) == groups
 
 
 def test_rounded_costs_keep_the_period() -> None:

@@ -18,6 +18,7 @@ in `exact`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +28,12 @@ from megamem.ir.schedule import SHAPES, Placement, Schedule, Shape
 from megamem.ir.workload import PipelineCosts
 from megamem.planner.schedules.checker import accumulates_in_order, check_schedule
 from megamem.planner.schedules.families import FAMILIES
-from megamem.planner.schedules.family import Objective, Request
+from megamem.planner.schedules.family import Family, Objective, Request
 from megamem.planner.schedules.search import improve
 from megamem.planner.schedules.search.bounds import Bounds, bounds
 from megamem.planner.schedules.search.improve import Budget, Trial
 from megamem.planner.schedules.search.problem import Outcome, Problem, Steps, make_problem, queues_of
+from megamem.planner.schedules.search.waves import even_groups
 from megamem.planner.schedules.simulator import Simulation, price, simulate
 
 SEARCHED = "searched"
@@ -185,17 +187,18 @@ class _Run:
         )
 
     def build_families(self, names: Iterable[str], problems: list[Problem]) -> None:
-        """Every family with every chunk count that it can have; other groups than its own are waves."""
+        """Every family with every chunk count that it can have, and a few groups; other groups are waves."""
         settings = [
-            (FAMILIES[name], problem.placement)
+            (FAMILIES[name], problem.placement, group)
             for name in names
             for problem in problems
             if FAMILIES[name].shape == problem.placement.shape
             # Copies that take no time would make offloading a gift.
             if not FAMILIES[name].offloads or all(stage.offload > 0 for stage in _costs(self.request, problem).stages)
+            for group in _groups(FAMILIES[name], problem)
         ]
-        for number, (family, placement) in enumerate(settings):
-            wanted = self.request.with_chunks(placement.num_chunks)
+        for number, (family, placement, group) in enumerate(settings):
+            wanted = replace(self.request, num_chunks=placement.num_chunks, group=group)
             try:
                 family.check(wanted)
                 self.add(family.build(wanted), family.name)
@@ -210,13 +213,8 @@ class _Run:
 
     def search(self, problems: list[Problem], effort: int, parts: int) -> None:
         """Sweep all problems, improve the best, and price what came of it."""
-        trials: list[tuple[Problem, Trial]] = []
-        budgets = []
-        for problem in problems:
-            budgets.append(budget := self.budget("sweep", effort, len(problems)))
-            tries = max(12, min(_MOST_TRIES / 8, budget.total / problem.num_steps))
-            trials += [(problem, trial) for trial in improve.sweep(problem, budget, int(tries))[:3]]
-        trials.sort(key=lambda item: item[1].outcome.makespan)
+        budgets: list[Budget] = []
+        trials = self._sweep(problems, effort, budgets)
         found = [(problem, trial.outcome) for problem, trial in trials]
         found += self._steady_states(problems, effort, budgets)
         found += self._climb(trials, effort, budgets)
@@ -231,6 +229,28 @@ class _Run:
                     if better is not None and better.makespan < outcome.makespan:
                         self.add(problem.schedule(SEARCHED, better.steps, pieces), SEARCHED)
         self.evaluated = round(sum(each.total - each.left for each in budgets))
+
+    def _sweep(self, problems: list[Problem], effort: int, budgets: list[Budget]) -> list[tuple[Problem, Trial]]:
+        """The beginning of every problem's grid, and more of it for the four best."""
+        budgets.append(budget := self.budget("sweep", effort))
+        grids = [improve.grid(problem) for problem in problems]
+        first = int(max(12, min(60, budget.total / 3 / sum(problem.num_steps for problem in problems))))
+        found = []
+        for number, problem in enumerate(problems):
+            found.append((problem, number, improve.sweep(problem, budget, grids[number][:first])))
+        found = sorted((each for each in found if each[2]), key=lambda each: each[2][0].outcome.makespan)
+        for place, (problem, number, trials) in enumerate(found[:4]):
+            share = budget.left / (4 - place) / problem.num_steps
+            more = grids[number][first : first + int(max(0, min(_MOST_TRIES / 8, share)))]
+            found[place] = (problem, number, trials + improve.sweep(problem, budget, more))
+        return sorted(
+            (
+                (problem, trial)
+                for problem, _, trials in found
+                for trial in sorted(trials, key=lambda trial: trial.outcome.makespan)[:3]
+            ),
+            key=lambda item: item[1].outcome.makespan,
+        )
 
     def _steady_states(
         self, problems: list[Problem], effort: int, budgets: list[Budget]
@@ -295,6 +315,17 @@ class _Run:
 
 def _costs(request: Request, problem: Problem) -> PipelineCosts:
     return request.workload.costs(problem.placement)
+
+
+def _groups(family: Family, problem: Problem) -> list[int | None]:
+    """The family's own group, and the two largest that fit the memory and divide the microbatches evenly."""
+    if not family.uses_group:
+        return [None]
+    ranks, chunks = problem.num_ranks, problem.placement.num_chunks
+    room = problem.limit / max(problem.take) if max(problem.take) else math.inf
+    sizes = {even_groups(size, problem.num_microbatches)[0] for size in range((ranks + 1) // 2, ranks + 1)}
+    fitting = [size for size in sizes if 2 * size >= ranks and size * (chunks - 1) + ranks <= room * (1 + 1e-6)]
+    return [None, *sorted(fitting, reverse=True)[:2]]
 
 
 def _schedule_of(candidate: Candidate) -> Schedule:

@@ -17,10 +17,13 @@ from megamem.planner.schedules.search import modulo
 from megamem.planner.schedules.search.dispatch import Rule, dispatch
 from megamem.planner.schedules.search.problem import Outcome, Problem, Queue, Steps
 from megamem.planner.schedules.search.refill import refill
-from megamem.planner.schedules.search.waves import Wave, equal_groups, turns, wave_queues
+from megamem.planner.schedules.search.waves import Wave, even_groups, turns, wave_queues
 
-_HOPS = ((1.0, 0.5, 0.5), (0.5, 0.34, 0.66), (1.0, 1.0, 1.0), (0.9, 0.45, 0.55))
-"""Spacing, rise and fall that are tried: rise + fall = 1 lets F and B of a chunk alternate on every rank alike."""
+_EVEN = (1.0, 0.5, 0.5)
+_TABLE = (1.0, 1.0, 1.0)
+_HOPS = ((0.5, 0.34, 0.66), (0.9, 0.45, 0.55))
+"""Spacing, rise and fall that are tried. With rise + fall = 1, F and B of a chunk alternate on every rank alike; with
+`_TABLE` a group of up to `ranks` goes through one chunk before the next, as in Megatron-Core's table."""
 
 _BACKLOGS = ((0.0, 4.0), (0.5, 4.0), (1.0, 2.0), (0.0, 0.0), (0.0, 1e6))
 """W that may wait on rank r: first * r + second."""
@@ -71,7 +74,7 @@ def rules(problem: Problem) -> list[Rule]:
     """The rules to begin with, the most successful first."""
     ranks, limit = problem.num_ranks, problem.limit
     slope, none, caps = tuple(4 + rank // 2 for rank in range(ranks)), (0,) * ranks, (limit,) * ranks
-    kinds = ((0.0, True, slope), (1.0, False, none), (1.0, False, slope), (0.0, True, none), (0.0, False, slope))
+    kinds = ((0.0, True, slope), (0.0, True, none), (1.0, False, none), (1.0, False, slope), (0.0, False, slope))
     return [Rule(patience, alternate, backlog, caps) for patience, alternate, backlog in kinds]
 
 
@@ -83,31 +86,43 @@ def waves(problem: Problem) -> Iterator[Wave]:
     full = (room - ranks) / (chunks - 1) if chunks > 1 else room  # rank 0 holds size * (chunks - 1) + ranks
     middle = int(min(most, max(1, full)))
     sizes = dict.fromkeys([middle, middle + 1, most, (ranks + 1) // 2, middle - 1, middle - 2, 1, 2, *range(1, most)])
-    single = Wave(equal_groups(1, count), 1.0, 0.5, 0.5)
-    for number, hop in enumerate(_HOPS):
-        for size in [size for size in sizes if 1 <= size <= most][: 16 if number == 0 else 5]:
-            yield Wave(equal_groups(size, count), *hop)
-            if size > 1 and number < 2:
-                yield Wave(turns(size, size - 1, count), *hop)
+    single = Wave(even_groups(1, count), 1.0, 0.5, 0.5)
+    groups = list(dict.fromkeys(even_groups(size, count) for size in sizes if 1 <= size <= most))
+    table = problem.placement.shape == "round-robin"
+    for number, sizes_now in enumerate(groups[:16]):
+        yield Wave(sizes_now, *(_TABLE if table and 2 * sizes_now[0] > ranks else _EVEN))
+        if number < 3:
+            yield Wave(sizes_now, *_HOPS[0])
+    for number, hop in enumerate((_TABLE, _EVEN, *_HOPS)):
+        for sizes_now in groups[:5]:
+            yield Wave(sizes_now, *hop)
+        if number < 3 and middle > 1:
+            yield Wave(turns(middle, middle - 1, count), *hop)
+            yield Wave(turns(middle + 1, middle, count), *hop)
     yield from (single._replace(stretch=stretch) for stretch in (1.5, 2.0, 3.0))
     yield one_at_a_time(problem)
 
 
 def one_at_a_time(problem: Problem) -> Wave:
     """Every microbatch through all stages and back before the next one: the least memory there is."""
-    return Wave(equal_groups(1, problem.num_microbatches), 0.0, 0.5, 0.5, 2.0 * problem.num_stages)
+    return Wave(even_groups(1, problem.num_microbatches), 0.0, 0.5, 0.5, 2.0 * problem.num_stages)
 
 
-def sweep(problem: Problem, budget: Budget, tries: int) -> list[Trial]:
-    """The grid of waves and rules, `tries` of them; what can run, fastest first."""
-    grid = sorted(
-        ((rank_w + 6 * rank_r, rank_w, wave, rule)
-         for rank_w, wave in enumerate(waves(problem)) for rank_r, rule in enumerate(rules(problem))),
-        key=lambda item: item[:2],
-    )  # fmt: skip
+def grid(problem: Problem) -> list[tuple[Wave, Rule]]:
+    """Waves with rules, the most promising first, after one that always fits."""
+    numbered = [
+        (6 * second + first, first, wave, rule)
+        for first, wave in enumerate(waves(problem))
+        for second, rule in enumerate(rules(problem))
+    ]
+    ordered = [(wave, rule) for _, _, wave, rule in sorted(numbered, key=lambda item: item[:2])]
+    return list(dict.fromkeys([(one_at_a_time(problem), rules(problem)[0]), *ordered]))
+
+
+def sweep(problem: Problem, budget: Budget, tries: list[tuple[Wave, Rule]]) -> list[Trial]:
+    """Some of the grid; what can run, fastest first."""
     trials, seen = [], dict[Wave, tuple[list[Queue], list[Queue]]]()
-    always = [(0, 0, one_at_a_time(problem), rules(problem)[0])]
-    for number, (_, _, wave, rule) in enumerate(always + grid[: max(1, tries - 1)]):
+    for number, (wave, rule) in enumerate(tries):
         if number and budget.spent:
             break
         if wave not in seen:

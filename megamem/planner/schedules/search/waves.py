@@ -33,10 +33,14 @@ class Wave(NamedTuple):
     stretch: float = 1.0
 
 
-def equal_groups(size: int, total: int) -> tuple[int, ...]:
-    """`total` microbatches in groups of `size`, the rest in a last one."""
-    full, rest = divmod(total, size)
-    return (size,) * full + ((rest,) if rest else ())
+def even_groups(size: int, total: int) -> tuple[int, ...]:
+    """`total` microbatches in as few groups of at most `size` as there can be, as equal as they can be.
+
+    A last group that is much smaller than the others would leave the ranks waiting for its chunks.
+    """
+    groups = -(-total // size)
+    least, larger = divmod(total, groups)
+    return (least + 1,) * larger + (least,) * (groups - larger)
 
 
 def turns(first: int, second: int, total: int) -> tuple[int, ...]:
