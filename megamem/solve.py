@@ -14,13 +14,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError
-from megamem.options import Bytes, Invalid
 
 if TYPE_CHECKING:
     from megamem.planner.allocation.solver import Outcome, Progress
 
 _TIME = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)?$")
 _SECONDS = {None: 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_AMOUNT = re.compile(r"^(\d+(?:\.\d+)?(?=\s*[KMGT])|\d+)\s*(KiB|MiB|GiB|TiB)?$")
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _EPILOG = """PROBLEM.csv has the columns id,lower,upper,size of MiniMalloc: buffers of `size` bytes, live from
 `lower` until before `upper`; it may be compressed (.csv.gz). --output writes the same with a column `offset`. Ctrl-C
 ends the work early, with the best solution so far.
@@ -134,14 +135,12 @@ def _seconds(text: str) -> float:
 
 
 def _nbytes(text: str | None) -> int | None:
-    """Bytes; a bare number is bytes here, because MiniMalloc's are."""
+    """Bytes; a bare number is bytes here, because MiniMalloc's are, and amounts may be small."""
     if text is None:
         return None
-    try:
-        nbytes = int(text) if text.strip().isdecimal() else Bytes().parse(text)
-    except Invalid:
-        nbytes = None
-    if not isinstance(nbytes, int) or nbytes <= 0:
+    match = _AMOUNT.match(text.strip())
+    nbytes = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] else int(match[1]) if match else 0
+    if nbytes <= 0:
         raise ConfigError(f"--capacity: {text!r} is no amount of memory; give bytes, or an amount such as 40GiB")
     return nbytes
 
