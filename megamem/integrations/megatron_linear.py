@@ -36,22 +36,17 @@ class SplitLinears:
         self._queue = queue
         self._splittable: set[int] = set()
 
-    def learn(self, chunks: Sequence[Module]) -> None:
-        """Find the weights that only linear layers use."""
-        owners: dict[int, list[Module]] = {}
+    def learn(self, chunks: Sequence[Module]) -> int:
+        """Find the weights that only linear layers use; how many there are, without output layers."""
+        owners: dict[int, list[tuple[str, Module]]] = {}
         for chunk in chunks:
-            for module in chunk.modules():
+            for path, module in chunk.named_modules():
                 for parameter in module.parameters(recurse=False):
-                    owners.setdefault(id(parameter), []).append(module)
+                    owners.setdefault(id(parameter), []).append((path, module))
         linears = (layers.ColumnParallelLinear, layers.RowParallelLinear)
-        self._splittable = {
-            key for key, modules in owners.items() if all(isinstance(module, linears) for module in modules)
-        }
-
-    @property
-    def any(self) -> bool:
-        """Whether there is a weight that can be split."""
-        return bool(self._splittable)
+        found = {key: users for key, users in owners.items() if all(isinstance(user, linears) for _, user in users)}
+        self._splittable = set(found)
+        return sum(not users[0][0].endswith("output_layer") for users in found.values())
 
     def run(self, function: Any, arguments: tuple[Any, ...]) -> Tensor:
         """`function.apply(*arguments)`, split if a list is open and the weight allows it."""

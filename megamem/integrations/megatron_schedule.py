@@ -8,16 +8,14 @@ gets the number of tokens, loss dicts come back in the order of microbatches and
     refuse                  what does not go with a schedule, before the first message
     MegatronSchedule        plans, connections and failures of a process; runs a step
     _Stages                 the model's chunks in one step: what the loop calls
-    _GradientSync           no_sync_func, grad_sync_func, param_sync_func
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -33,8 +31,10 @@ from torch.nn import Module
 from megamem.config import Scheduling
 from megamem.errors import PipelineError, UnsupportedError
 from megamem.integrations import compat
+from megamem.integrations.gradient_sync import GradientSync
 from megamem.integrations.megatron_linear import SplitLinears
 from megamem.integrations.placement import VPlacement
+from megamem.integrations.step_call import StepCall
 from megamem.ir.schedule import Action, Placement, Schedule, Shape
 from megamem.planner.schedules.families import FAMILIES
 from megamem.planner.schedules.forward_order import forward_order
@@ -48,61 +48,6 @@ from megamem.runtime.pipeline.trace import Trace
 from megamem.runtime.pipeline.weights import WeightQueue
 
 _LOG = logging.getLogger("megamem")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """The arguments of a forward-backward function that matter here."""
-
-    step: Callable[..., Any]  # the function itself
-    forward_step_func: Callable[..., Any]
-    iterators: list[Any]
-    chunks: list[Module]
-    num_microbatches: int
-    forward_only: bool
-    collect_non_loss_data: bool
-    first_val_step: bool | None
-    adjust_shapes: Callable[..., Any] | None
-    sizes: dict[str, Any]  # seq_length, micro_batch_size, decoder_seq_length
-    group: Any  # the pipeline's
-    groups: Any  # ProcessGroupCollection
-    force_all_reduce: bool
-
-    @classmethod
-    def of(cls, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        bound = inspect.signature(step).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        chunks = given["model"] if isinstance(given["model"], list) else [given["model"]]
-        iterators = given["data_iterator"]
-        communicator, groups = given["p2p_communicator"], given["pg_collection"]
-        return cls(
-            step=step,
-            forward_step_func=given["forward_step_func"],
-            iterators=iterators if isinstance(iterators, list) else [iterators] * len(chunks),
-            chunks=chunks,
-            num_microbatches=given["num_microbatches"],
-            forward_only=given["forward_only"],
-            collect_non_loss_data=given["collect_non_loss_data"],
-            first_val_step=given["first_val_step"],
-            adjust_shapes=given["adjust_tensor_shapes_fn"],
-            sizes={name: given[name] for name in ("seq_length", "micro_batch_size", "decoder_seq_length")},
-            group=_pipeline_group(communicator, groups),
-            groups=compat.default_groups() if groups is None else groups,
-            force_all_reduce=bool(given.get("force_all_reduce")),
-        )
-
-
-def _pipeline_group(communicator: Any, groups: Any) -> Any:
-    """The pipeline's group, from what the caller of a forward-backward function gave it."""
-    if communicator is None:
-        given = getattr(groups, "pp", None)
-        return parallel_state.get_pipeline_model_parallel_group() if given is None else given
-    if not hasattr(communicator, "pp_group"):
-        raise UnsupportedError(
-            f"{type(communicator).__name__} connects several modules with pipelines of their own; schedules are for one"
-        )
-    return communicator.pp_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +106,7 @@ class MegatronSchedule:
         self.leaving: tuple[int, int] | None = None  # chunk and microbatch that runs forward and is to be offloaded
         self.reload: Callable[[tuple[int, int]], None] = lambda key: None  # what RELOAD calls
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
-        self._is_alone = False
+        self._is_alone = self._can_split = False
         self._links: Links | None = None
         self._mailbox: Mailbox | None = None
         self._notice: FailureNotice | None = None
@@ -202,7 +147,7 @@ class MegatronSchedule:
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Run a step as a schedule. Raises PipelineError on every rank when one fails."""
-        call = _Call.of(step, args, kwargs)
+        call = StepCall.of(step, args, kwargs)
         if call.group.size() == 1:
             self._say_alone()
             return step(*args, **kwargs)  # type: ignore[no-any-return]
@@ -219,18 +164,18 @@ class MegatronSchedule:
                 self.options.name,
             )
 
-    def _check(self, call: _Call, config: Any) -> None:
+    def _check(self, call: StepCall, config: Any) -> None:
         """Once per model: refuse what cannot be run, before the first message."""
         if all(chunk in self._known for chunk in call.chunks):
             return
         refuse(config, self.options.name)
         if self.placement is not None:
             self.placement.check_model(call.chunks)
-        self.linears.learn(call.chunks)
+        self._can_split = _total(self.linears.learn(call.chunks), call.group, call.device) > 0
         self._known.update(call.chunks)
         self._chunks = [weakref.ref(chunk) for chunk in call.chunks]
 
-    def _plan(self, call: _Call) -> _Plan:
+    def _plan(self, call: StepCall) -> _Plan:
         key = len(call.chunks), call.num_microbatches, call.forward_only
         if key not in self._plans:
             num_ranks, rank = call.group.size(), call.group.rank()
@@ -251,14 +196,14 @@ class MegatronSchedule:
         return self._plans[key]
 
     def _refuse_idle_split(self, schedule: Schedule) -> None:
-        if schedule.splits_backward and not self.linears.any:
+        if schedule.splits_backward and not self._can_split:
             raise UnsupportedError(
-                f"schedule {schedule.name} computes weight gradients apart, and this model has no linear layer that "
-                "can: they are Transformer Engine's, or not made of tensor_parallel.ColumnParallelLinear and "
-                "RowParallelLinear. Use 1f1b or interleaved, or the local transformer implementation"
+                f"schedule {schedule.name} computes weight gradients apart, and no linear layer of this model can: "
+                "that needs tensor_parallel.ColumnParallelLinear or RowParallelLinear; Transformer Engine's are not "
+                "supported yet. Use 1f1b or interleaved, or the local transformer implementation"
             )
 
-    def _guarded(self, call: _Call, config: Any, plan: _Plan) -> list[Any]:
+    def _guarded(self, call: StepCall, config: Any, plan: _Plan) -> list[Any]:
         links, notice = self._connected(call, plan)
         stages = _Stages(self, call, config, plan, links.device)
         trace = Trace(links.rank, links.device) if self.records and not call.forward_only else None
@@ -278,11 +223,10 @@ class MegatronSchedule:
             self.trace = trace
         return result
 
-    def _connected(self, call: _Call, plan: _Plan) -> tuple[Links, FailureNotice]:
+    def _connected(self, call: StepCall, plan: _Plan) -> tuple[Links, FailureNotice]:
         ranks = dist.get_process_group_ranks(call.group)
         if self._links is None or self._links.ranks != tuple(ranks):
-            device = next(call.chunks[0].parameters()).device
-            self._links = Links(ranks, call.group.rank(), device, self._store())
+            self._links = Links(ranks, call.group.rank(), call.device, self._store())
         links = self._links
         if self._notice is None:
             self._notice = FailureNotice(self._store(), self._wake)
@@ -372,7 +316,14 @@ def refuse(config: Any, name: str) -> None:
         )
 
 
-def _formats(call: _Call, config: Any, device: torch.device) -> dict[Any, Format]:
+def _total(number: int, group: Any, device: torch.device) -> int:
+    """The sum over the ranks of a group."""
+    value = torch.tensor([number], dtype=torch.int64, device=device)
+    dist.all_reduce(value, group=group)
+    return int(value.item())
+
+
+def _formats(call: StepCall, config: Any, device: torch.device) -> dict[Any, Format]:
     """What messages look like, from the sizes the trainer gives."""
     shape: tuple[int, ...] | None = None
     shapes: dict[str, tuple[int, ...] | None] = {"F": None, "B": None}
@@ -398,14 +349,14 @@ def _formats(call: _Call, config: Any, device: torch.device) -> dict[Any, Format
 class _Stages(AbstractStages):
     """The chunks of a rank during one step."""
 
-    def __init__(self, owner: MegatronSchedule, call: _Call, config: Any, plan: _Plan, device: torch.device) -> None:
+    def __init__(self, owner: MegatronSchedule, call: StepCall, config: Any, plan: _Plan, device: torch.device) -> None:
         self._owner, self._queue, self._placement = owner, owner.queue, owner.placement
         self._call, self._config, self._plan = call, config, plan
         place, rank = plan.schedule.placement, call.group.rank()
         self._is_last = [place.stage(rank, chunk) == place.num_stages - 1 for chunk in range(place.num_chunks)]
         self._results: dict[int, list[Any]] = {}
         self._num_tokens = torch.zeros([], dtype=torch.int, device=device)
-        self._sync = _GradientSync(config, call.chunks, plan)
+        self._sync = GradientSync(config, call.chunks, plan.last, plan.last_gradient.keys())
         self._extra = {"model_type": None} if compat.backward_step_takes_model_type() else {}
 
     def step(self, loop: Loop) -> list[Any]:
@@ -502,72 +453,3 @@ class _Stages(AbstractStages):
 
     def reload(self, action: Action) -> None:
         self._owner.reload((action.chunk, action.microbatch))
-
-
-class _GradientSync:
-    """Overlapped reductions: a chunk's gradients are reduced while its last microbatch makes them, and not before."""
-
-    def __init__(self, config: Any, chunks: Sequence[Module], plan: _Plan) -> None:
-        self._config, self._chunks, self._plan = config, chunks, plan
-        self._open: dict[int, contextlib.AbstractContextManager[Any]] = {}
-        self._grad_sync = _per_chunk(config.grad_sync_func, chunks)
-        self._param_sync = _per_chunk(config.param_sync_func, chunks) if len(chunks) > 1 else None
-        self._unsynced = list(range(len(chunks)))
-
-    @contextlib.contextmanager
-    def step(self, forward_only: bool) -> Iterator[None]:
-        """No reduction starts inside, but where `around` lets it."""
-        if forward_only:
-            self._grad_sync = self._param_sync = None
-        no_sync = self._config.no_sync_func
-        functions = no_sync if isinstance(no_sync, list) else [no_sync] if no_sync is not None else []
-        self._functions = functions
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._leave_all)
-            for index in range(len(functions)):
-                self._enter(index)
-            yield
-
-    @contextlib.contextmanager
-    def around(self, action: Action) -> Iterator[None]:
-        """Around an action that makes gradients."""
-        index = min(action.chunk, len(self._functions) - 1)
-        reduces = action in self._plan.last and bool(self._functions) and self._grad_sync is None
-        if reduces:
-            self._leave(index)
-        try:
-            yield
-        finally:
-            if reduces:
-                self._enter(index)
-        if self._grad_sync is not None and action in self._plan.last_gradient:
-            self._leave_all()
-            self._grad_sync[action.chunk](self._chunks[action.chunk].parameters())
-            for index in range(len(self._functions)):
-                self._enter(index)
-
-    def before_first_forward(self, chunk: int) -> None:
-        """Have the parameters of this chunk and of the next one on their way."""
-        if self._param_sync is None:
-            return
-        while self._unsynced and self._unsynced[0] <= chunk + 1:
-            following = self._unsynced.pop(0)
-            self._param_sync[following](self._chunks[following].parameters())
-
-    def _enter(self, index: int) -> None:
-        context = self._functions[index]()
-        context.__enter__()
-        self._open[index] = context
-
-    def _leave(self, index: int) -> None:
-        self._open.pop(index).__exit__(None, None, None)
-
-    def _leave_all(self) -> None:
-        while self._open:
-            self._leave(next(iter(self._open)))
-
-
-def _per_chunk(functions: Any, chunks: Sequence[Module]) -> list[Callable[..., Any]] | None:
-    if functions is None:
-        return None
-    return list(functions) if isinstance(functions, list) else [functions] * len(chunks)

@@ -75,6 +75,11 @@ class LogicalGroup:
         return getattr(self.physical, name)
 
 
+def physical_group(group: Any) -> Any:
+    """The group that has the real rank and that collectives can run on."""
+    return getattr(group, "physical", group)
+
+
 @final
 class VPlacement(AbstractPlacement):
     """The V placement in one process, after `initialize_model_parallel` and before a model is built.

@@ -41,7 +41,7 @@ def run(name: str, steps: int, trace: str) -> dict[str, Any]:
     from megamem.integrations.megatron_core import enable
     from megamem.integrations.metering import measured_activations
     from megamem.testing.models import GptCase, init_parallel
-    from megamem.testing.pipeline import PipelineCase, build_pipeline, train_pipeline
+    from megamem.testing.pipeline import PipelineCase, train_pipeline
 
     case = PipelineCase(gpt=GptCase(layers=4, pp=2), steps=steps)
     init_parallel(case.gpt)
@@ -50,7 +50,7 @@ def run(name: str, steps: int, trace: str) -> dict[str, Any]:
     with enable({"schedule": {"name": name, "trace": trace}}) as handle:
         before = str(handle.report())
         meter = handle.meter()
-        train_pipeline(case, chunks=build_pipeline(case))
+        train_pipeline(case)
         return {"before": before, "report": str(handle.report()), "peak": meter.peak_bytes, "stock": stock.peak_bytes}
 
 

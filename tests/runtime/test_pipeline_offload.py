@@ -18,7 +18,7 @@ def train_all(schedules: dict[str, Fields], sections: Fields, seed: int | None =
     """By schedule: what differs from stock, what was stored on the host, and the most that was held on the device."""
     from megamem.integrations.megatron_core import enable
     from megamem.testing.models import GptCase, init_parallel
-    from megamem.testing.pipeline import PipelineCase, build_pipeline, train_pipeline
+    from megamem.testing.pipeline import PipelineCase, train_pipeline
     from megamem.testing.streams import SimulatedDevice
 
     case = PipelineCase(gpt=GptCase(layers=8, pp=2, vpp=2), num_microbatches=8, steps=3)
@@ -29,7 +29,7 @@ def train_all(schedules: dict[str, Fields], sections: Fields, seed: int | None =
         device = None if seed is None else SimulatedDevice(seed, "latest")
         with enable({"schedule": section, **sections}, device=device) as handle:
             meter = handle.meter()
-            ours = train_pipeline(case, chunks=build_pipeline(case))
+            ours = train_pipeline(case)
             report = handle.report()
         activations = report.activations
         found[name] = {
