@@ -143,6 +143,8 @@ def test_costs_and_limits_matter_where_the_family_says_so_and_nowhere_else(famil
                 changed |= build_schedule(family.name, costly).ranks != first.ranks
         if not family.uses_limit:
             assert build_schedule(family.name, Request(**{**vars(plain), "memory_limit": 1.5})) == first
+        if changed:
+            break
     assert changed == family.uses_costs
 
 
@@ -150,7 +152,7 @@ def test_costs_and_limits_matter_where_the_family_says_so_and_nowhere_else(famil
 def test_a_limit_is_kept_or_refused_with_one_that_can_be_kept(family: Family) -> None:
     if not family.uses_limit:
         pytest.skip("not made to fit a limit")
-    for ranks in (1, 2, 4, 7):
+    for ranks in (1, 2, 5):
         for workload in (Uniform(), Uniform(weight_grad=0.4), unequal(ranks, family.min_chunks)):
             request = Request(
                 num_ranks=ranks, num_microbatches=2 * ranks + 1, num_chunks=family.min_chunks, workload=workload
