@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError
@@ -120,7 +121,7 @@ def _draw(path: str, name: str, outcome: Outcome) -> None:
 
     try:
         with open(path, "w", encoding="utf-8") as file:
-            file.write(render_svg(outcome.solution, title=name, lower_bound=outcome.lower_bound))
+            file.write(render_svg(outcome.solution, title=Path(name).name, lower_bound=outcome.lower_bound))
     except OSError as fault:
         raise ConfigError(f"--svg: {path} cannot be written ({fault.strerror})") from fault
 

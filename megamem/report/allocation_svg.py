@@ -45,7 +45,9 @@ def render_svg(solution: Solution, *, title: str, lower_bound: int | None = None
     if lower_bound is not None:
         caption += f", lower bound {_amount(lower_bound)}"
         y = _TOP + _HEIGHT - lower_bound * up
-        parts.append(f"<path d='M{_LEFT} {y:.2f}H{_LEFT + _WIDTH}' stroke='#000' stroke-dasharray='6 4' fill='none'/>")
+        parts.append(
+            f"<path d='M{_LEFT} {y:.2f}H{_LEFT + _WIDTH}' stroke='#000' stroke-width='1' stroke-dasharray='6 4' fill='none'/>"
+        )
     if left_out > 0:
         caption += f"; the {left_out} smallest are not drawn"
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
@@ -69,8 +71,9 @@ def _axes(begin: int, end: int, top: int) -> list[str]:
     for tick in range(_TICKS + 1):
         x, y = _LEFT + _WIDTH * tick / _TICKS, bottom - _HEIGHT * tick / _TICKS
         instant, address = begin + (end - begin) * tick // _TICKS, top * tick // _TICKS
+        anchor = "end" if tick == _TICKS else "middle"
         lines.append(
-            f"<text x='{x:.1f}' y='{bottom + 16}' font-size='11' text-anchor='middle' {_FONT}>{instant}</text>"
+            f"<text x='{x:.1f}' y='{bottom + 16}' font-size='11' text-anchor='{anchor}' {_FONT}>{instant}</text>"
             f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' font-size='11' text-anchor='end' {_FONT}>{_amount(address)}</text>"
         )
     return lines
