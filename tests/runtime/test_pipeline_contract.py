@@ -29,11 +29,13 @@ def _case(pp: int = 2, vpp: int | None = None, **options: Any) -> Any:
 
 def run_own_order(text: str, folder: str, kind: str) -> Any:
     """Train under a schedule of one's own: what differs from stock, or what is refused."""
+    import torch.distributed as torch_dist
+
     from megamem.errors import MegamemError
     from megamem.testing.pipeline import train_pipeline
 
     case = _case(vpp=2 if "chunks: 2" in text else None)
-    path = Path(folder) / "schedule.txt"
+    path = Path(folder) / f"schedule of rank {torch_dist.get_rank()}.txt"
     path.write_text(text, encoding="utf-8")
     try:
         ours = train_pipeline(case, {"name": "file", "file": str(path)})
@@ -211,6 +213,35 @@ def test_what_is_not_split_is_listed(dist: Dist) -> None:
     mixture = {"experts": 4, "bias": False, "config": {"moe_token_dispatcher_type": "allgather"}}
     experts = dist(2)(unsplit_of, mixture, "zb-h1")
     assert [name.rpartition(" ")[2] for name in experts[1]] == ["(TopKRouter)", "(TopKRouter)"]
+
+
+def foreign_linears() -> Any:
+    """Layers whose matrices Megatron's own linear function never sees, as Transformer Engine's."""
+    import torch
+
+    from megamem.errors import MegamemError
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing.models import unwrap
+    from megamem.testing.pipeline import build_pipeline, run_step
+
+    case = _case(fields={"ddp": False})
+    with enable({"schedule": {"name": "zb-h1"}}):
+        chunks = build_pipeline(case)
+        for layer in unwrap(chunks[0]).decoder.layers:
+            for parent, name in ((layer.self_attention, "linear_qkv"), (layer.self_attention, "linear_proj")):
+                setattr(parent, name, torch.nn.Linear(16, 16))
+            layer.mlp = torch.nn.Linear(16, 16)
+        try:
+            run_step(case, chunks, 4, seed=0)
+        except MegamemError as error:
+            return type(error).__name__, str(error)
+    return None
+
+
+def test_a_model_whose_layers_cannot_be_split_is_refused_by_all_ranks(dist: Dist) -> None:
+    first, last = dist(2)(foreign_linears)
+    assert first == last  # although the last stage has an output layer, which could be
+    assert first[0] == "UnsupportedError" and "Use 1f1b or interleaved" in first[1]
 
 
 @pytest.mark.parametrize(
