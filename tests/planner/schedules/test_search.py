@@ -263,7 +263,7 @@ def test_the_search_is_close_to_the_optimum_of_small_cases(ranks: int, limit: fl
     check_schedule(exact.schedule, memory_limit=limit)
     assert exact.optimal
     assert found.bounds.makespan <= exact.bound * (1 + 1e-3)
-    assert exact.makespan <= found.simulation.makespan <= 1.05 * exact.makespan
+    assert exact.makespan <= found.simulation.makespan <= 1.02 * exact.makespan
 
 
 def test_an_exact_search_refuses_a_start_above_the_limit() -> None:

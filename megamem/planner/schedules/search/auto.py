@@ -32,7 +32,7 @@ from megamem.planner.schedules.family import Family, Objective, Request
 from megamem.planner.schedules.search import improve
 from megamem.planner.schedules.search.bounds import Bounds, bounds
 from megamem.planner.schedules.search.improve import Budget, Trial
-from megamem.planner.schedules.search.problem import Outcome, Problem, Steps, make_problem, queues_of
+from megamem.planner.schedules.search.problem import Outcome, Problem, make_problem, merged_order
 from megamem.planner.schedules.search.waves import even_groups
 from megamem.planner.schedules.simulator import Simulation, price, simulate
 
@@ -108,7 +108,8 @@ def search(
 
     `request.num_chunks` is not looked at. Where the model is built already, name its one placement and chunk count.
 
-    objective:     "makespan" (with a synchronous optimizer step), or "stage_span" (the papers' figure, without)
+    objective:     "makespan" (with a synchronous optimizer step), or "stage_span" (the papers' figure, without). It
+                   decides between candidates; the search that makes them looks at the makespan
     families:      names to consider; None means all; () only searched ones
     chunk_counts:  chunks per rank to consider, CHUNK_COUNTS unless given; those that do not divide the workload's
                    layers are left out
@@ -125,8 +126,11 @@ def search(
     problems = _problems(request, CHUNK_COUNTS if chunk_counts is None else chunk_counts, placements)
     run = _Run(request, objective, report, None if time_limit is None else time.monotonic() + time_limit)
     run.build_families(FAMILIES if families is None else families, problems)
-    within = _reachable(request, problems)
-    run.search(within, effort, weight_parts)
+    within = _reachable(problems)
+    if not within and not any(each.fits for each in run.candidates):
+        raise _too_small(request, problems)
+    if within:
+        run.search(within, effort, weight_parts)
     return run.result()
 
 
@@ -147,17 +151,19 @@ def _problems(request: Request, chunk_counts: Sequence[int], placements: Sequenc
     return problems
 
 
-def _reachable(request: Request, problems: list[Problem]) -> list[Problem]:
-    """The problems whose limit is not below what one microbatch needs. Raises InfeasibleError where there is none."""
-    needs = [(bounds(problem).memory, problem) for problem in problems]
-    if within := [problem for need, problem in needs if need <= problem.limit]:
-        return within
-    least, problem = min(needs, key=lambda item: item[0])
+def _reachable(problems: list[Problem]) -> list[Problem]:
+    """The problems whose limit is not below what one microbatch needs."""
+    return [problem for problem in problems if bounds(problem).memory <= problem.limit]
+
+
+def _too_small(request: Request, problems: list[Problem]) -> InfeasibleError:
+    """Why nothing fits the memory limit, and the least that can be had."""
+    least, problem = min(((bounds(problem).memory, problem) for problem in problems), key=lambda item: item[0])
     chunks = problem.placement.num_chunks
-    raise InfeasibleError(
+    return InfeasibleError(
         f"memory limit {request.memory_limit:g}: before its first B a rank holds all chunks of one microbatch, "
         f"{least:g} with {chunks} {'chunk' if chunks == 1 else 'chunks'} per rank ({problem.placement.shape}); no "
-        f"schedule needs less; nearest: memory limit {least:g}"
+        f"schedule without offloading needs less; nearest: memory limit {least:g}"
     )
 
 
@@ -289,7 +295,7 @@ class _Run:
             problem = by_placement.get(candidate.placement)
             if problem is None or candidate.schedule is None or FAMILIES[candidate.name].offloads or budget.spent:
                 continue
-            merged: Steps = queues_of(problem, candidate.schedule)[2]
+            merged = merged_order(problem, candidate.schedule)
             for outcome in (improve.polish(problem, merged, budget), improve.merge_anew(problem, merged, budget)):
                 if outcome is not None:
                     found.append((problem, outcome))

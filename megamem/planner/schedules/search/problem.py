@@ -109,23 +109,16 @@ def make_problem(request: Request, shape: Shape, num_chunks: int) -> Problem:
     )
 
 
-def queues_of(problem: Problem, schedule: Schedule) -> tuple[list[Queue], list[Queue], Steps]:
-    """Of a schedule of any family: each rank's order of F, its order of B, and both as they alternate, without W."""
-    merged: Steps = []
-    for rank, actions in enumerate(schedule.ranks):
-        stages = problem.stages_of(rank)
-        merged.append(
-            [
-                ("F" if action.kind == "F" else "B", stages[action.chunk], action.microbatch, 0)
-                for action in actions
-                if action.kind in ("F", "B", "BW")
-            ]
-        )
-    forward, backward = (
-        [[(stage, microbatch) for kind, stage, microbatch, _ in order if kind == wanted] for order in merged]
-        for wanted in "FB"
-    )
-    return forward, backward, merged
+def merged_order(problem: Problem, schedule: Schedule) -> Steps:
+    """F and B of a schedule of any family as they alternate on each rank, without W; a BW counts as its B."""
+    return [
+        [
+            ("F" if action.kind == "F" else "B", problem.placement.stage(rank, action.chunk), action.microbatch, 0)
+            for action in actions
+            if action.kind in ("F", "B", "BW")
+        ]
+        for rank, actions in enumerate(schedule.ranks)
+    ]
 
 
 def _join(order: Sequence[Step], chunk_of: Callable[[int], int], parts: int) -> list[Action]:
