@@ -25,10 +25,11 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NoReturn, final
 
+import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -46,28 +47,62 @@ _SECTION = "vocabulary.fused_loss"
 
 
 @final
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class PendingLogits:
     """What an output layer would make logits [s, b, V / t] of.
 
-    hidden:  [s, b, h], with sequence parallelism this rank's part of the sequence
-    weight:  [V / t, h], of the layer or of the embedding that it is tied to
-    scale:   what Megatron has multiplied the logits by since (muP, `LanguageModule._scale_logits`)
+    hidden:   [s, b, h], with sequence parallelism this rank's part of the sequence
+    weight:   [V / t, h], of the layer or of the embedding that it is tied to
+    scale:    what Megatron has multiplied the logits by since (muP, `LanguageModule._scale_logits`)
+    arg_max:  [s, b], the word with the largest logit, once the loss is computed; for what follows the loss, which is
+              the count of accepted tokens in multi-token prediction since 0.19
     """
 
     layer: ColumnParallelLinear
     hidden: Tensor
     weight: Tensor
     scale: float = 1.0
+    arg_max: Tensor | None = None
 
     def __mul__(self, factor: float) -> PendingLogits:
         return PendingLogits(layer=self.layer, hidden=self.hidden, weight=self.weight, scale=self.scale * factor)
 
+    def size(self, dim: int) -> int:
+        """The number of words of this rank, which is the last dimension."""
+        return len(self.weight) if dim == -1 else self._refuse(f"size({dim})")
+
+    def max(self, dim: int) -> tuple[Tensor, Tensor]:
+        """In the last dimension: 1 and the row of the arg-max on the rank that holds it; 0 and row 0 on the others.
+
+        Enough to find out, by a comparison of the ranks' values, which word has the largest logit.
+        """
+        if dim != -1 or self.arg_max is None:
+            return self._refuse(f"max({dim})")
+        row = self.arg_max - self.layer.tp_group.rank() * len(self.weight)
+        is_mine = (row >= 0) & (row < len(self.weight))
+        return is_mine.to(self.hidden.dtype), row * is_mine
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        pending = args[0] if args and isinstance(args[0], cls) else None
+        if function is torch.argmax and kwargs == {"dim": -1} and pending is not None and pending.arg_max is not None:
+            return pending.arg_max
+        raise _asked_for_logits(getattr(function, "__name__", str(function)))
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise _asked_for_logits(name)
+
     def __getattr__(self, name: str) -> Any:
-        raise UnsupportedError(
-            f"{_SECTION}: something between the output layer and the loss asks for the logits ({name}), which are "
-            "never in memory; switch it off, or set vocabulary.fused_loss to false"
-        )
+        raise _asked_for_logits(name)
+
+
+def _asked_for_logits(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{_SECTION}: something around the loss asks for the logits ({name}), which are never in memory; switch it "
+        "off, or set vocabulary.fused_loss to false"
+    )
 
 
 @final
@@ -113,17 +148,23 @@ class FusedLoss(AbstractLoss):
         row_nbytes = labels.numel() * size
         self.num_losses += 1
         self.largest_nbytes = max(self.largest_nbytes, (row_nbytes * min(chunk, len(weight)), row_nbytes * len(weight)))
-        losses: Tensor = linear_cross_entropy(
+        outputs = linear_cross_entropy(
             logits.hidden,
             weight,
             labels.transpose(0, 1).contiguous(),
-            LossOptions(vocab_size=layer.output_size, logit_scale=logits.scale),
+            LossOptions(
+                vocab_size=layer.output_size,
+                logit_scale=logits.scale,
+                arg_max=bool(model.config.mtp_num_layers) and compat.mtp_counts_acceptance(),
+            ),
             group=layer.tp_group if layer.tp_group.size() > 1 else None,
             sequence_parallel=layer.sequence_parallel,
             into_main_grad=self._into_main_grad(weight),
             chunk=chunk,
-        ).loss
-        return losses.transpose(0, 1).contiguous()
+        )
+        logits.arg_max = outputs.arg_max
+        losses: Tensor = outputs.loss.transpose(0, 1).contiguous()
+        return losses
 
     def _check(self, model: Any) -> None:
         if model not in self._known:
@@ -217,8 +258,8 @@ def _problems(model: Any) -> Iterator[str]:
         yield "config_logger_dir asks for the logits on disk; leave it empty"
     if compat.uses_cuda_graphs(config):
         yield "CUDA graphs replay the output layer without calling Python; set cuda_graph_impl to none"
-    if config.mtp_num_layers and compat.mtp_counts_acceptance():
-        yield "mtp_num_layers: this Megatron-Core counts accepted tokens from the logits of every head; set it to None"
+    if getattr(config, "mtp_detach_heads", False):
+        yield "mtp_detach_heads hands the output layer another view of its weight in every step; switch it off"
     if model.post_process:
         yield from _layer_problems(model.output_layer, model)
 

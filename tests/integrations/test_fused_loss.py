@@ -276,26 +276,30 @@ def test_gradient_accumulation_fusion(dist: Dist, tied: bool) -> None:
     assert dist(1)(with_accumulation_fusion, tied) == [{}]
 
 
-def heads_of_multi_token_prediction(tied: bool, ddp: bool) -> tuple[dict[str, float], int]:
-    """A model with two further heads, each with a loss over the same output weight."""
+def heads_of_multi_token_prediction(tied: bool, ddp: bool, tp: int) -> tuple[dict[str, float], int]:
+    """A model with two further heads, each with a loss over the same output weight, and what is logged of them."""
     import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from megamem.integrations.local_spec import local_layer_spec
     from megamem.integrations.megatron_core import enable
-    from megamem.testing.models import _wrap, batches, build_config
+    from megamem.testing.models import batches, build_config
     from megamem.testing.parity import relative_error
     from megamem.testing.pipeline import gradients_of
 
-    case = start_case(**SMALL, tied=tied, config={"mtp_num_layers": 2})
+    options = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.1}
+    case = start_case(**{**SMALL, "vocab": 16, "tied": tied, "tp": tp, "config": options})
 
     def train() -> dict[str, Any]:
+        MTPLossLoggingHelper.tracker.clear()
         config = build_config(case)
         spec = local_layer_spec(config, flash_attention=True, vp_stage=None)
         heads = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
         torch.manual_seed(1)
-        model: Any = GPTModel(
+        chunk: Any = GPTModel(
             config,
             spec,
             vocab_size=case.vocab,
@@ -304,13 +308,17 @@ def heads_of_multi_token_prediction(tied: bool, ddp: bool) -> tuple[dict[str, fl
             position_embedding_type="rope",
             mtp_block_spec=heads,
         )
-        chunk = _wrap(model, config, case) if ddp else model
+        if ddp:
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk)
         losses = []
         for batch in batches(case, 2):
             loss = chunk(batch.tokens, batch.positions, batch.mask, labels=batch.labels)
             loss.mean().backward()
             losses.append(loss.detach())
-        return {**gradients_of([chunk]), "losses": torch.stack(losses)}
+        logged = {name: value for name, value in MTPLossLoggingHelper.tracker.items() if torch.is_tensor(value)}
+        assert logged and all(value.any() for value in logged.values())
+        return {**gradients_of([chunk]), **logged, "losses": torch.stack(losses)}
 
     stock = train()
     with enable(FUSED) as handle:
@@ -321,10 +329,10 @@ def heads_of_multi_token_prediction(tied: bool, ddp: bool) -> tuple[dict[str, fl
     return {name: error for name, error in errors.items() if not error < FP32}, count
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("ddp", [False, True])
-def test_heads_of_multi_token_prediction_make_no_logits_either(dist: Dist, tied: bool, ddp: bool) -> None:
-    assert dist(1)(heads_of_multi_token_prediction, tied, ddp) == [({}, 6)]
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("ddp", "tp"), [(False, 1), (True, 1), (True, 2)], ids=["bare", "ddp", "ddp, tp2"])
+def test_heads_of_multi_token_prediction_make_no_logits_either(dist: Dist, tied: bool, ddp: bool, tp: int) -> None:
+    assert dist(tp)(heads_of_multi_token_prediction, tied, ddp, tp) == [({}, 6)] * tp
 
 
 def refusals() -> dict[str, str]:
@@ -462,7 +470,7 @@ def test_a_step_without_a_fused_loss_is_an_error(dist: Dist) -> None:
     assert num_stock == 2
 
 
-def scaled_and_looked_at() -> tuple[Any, str, str, list[bool]]:
+def scaled_and_looked_at() -> tuple[Any, dict[str, str], str, list[bool]]:
     """What stands for logits between layer and loss; the report; and whether disable leaves anything behind."""
     import torch
 
@@ -481,12 +489,20 @@ def scaled_and_looked_at() -> tuple[Any, str, str, list[bool]]:
     handle.disable()
     pending = PendingLogits(layer=layer, hidden=torch.ones(1), weight=layer.weight) * 0.5 * 0.5
     left = [during, hasattr(layer.weight, "zero_out_wgrad"), "forward" in vars(layer)]
-    return pending.scale, error_of(lambda: pending.float()), report, left
+    asked: dict[str, Callable[[], Any]] = {
+        "float": lambda: pending.float(),
+        "max(0)": lambda: pending.max(0),
+        "max(-1)": lambda: pending.max(-1),  # before the loss
+        "size(0)": lambda: pending.size(0),
+        "argmax": lambda: torch.argmax(pending, dim=-1),  # type: ignore[call-overload]
+        "softmax": lambda: torch.softmax(pending, -1),  # type: ignore[call-overload]
+    }
+    return pending.scale, {name: error_of(ask) for name, ask in asked.items()}, report, left
 
 
 def test_what_stands_for_logits_says_so_and_nothing_stays(dist: Dist) -> None:
     ((scale, said, report, left),) = dist(1)(scaled_and_looked_at)
     assert scale == 0.25
-    assert "asks for the logits (float), which are never in memory" in said
+    assert all(f"asks for the logits ({name}), which are never in memory" in text for name, text in said.items())
     assert "losses computed without logits  2" in report and "logits in memory at a time" in report
     assert left == [True, False, False]
