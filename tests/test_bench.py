@@ -24,6 +24,7 @@ NAMES = (
     "schedule_search",
     "linear_cross_entropy",
     "pipeline_loop",
+    "allocation_solvers",
 )
 
 pytestmark = pytest.mark.megatron
@@ -104,6 +105,17 @@ def test_schedule_search(tmp_path: Path) -> None:
     results = run("schedule_search", tmp_path / "out.json")
     rows = [*results["between"]["rows"], *results["v_half"]["rows"], results["large"]]
     assert all(row["bound"] <= row["auto"] * (1 + 1e-9) and row["peak"] <= row["limit"] * (1 + 1e-9) for row in rows)
+    assert not [target["what"] for target in results["targets"] if not target["met"]]
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "data" / "traces").is_dir(), reason="the shared data is not here")
+def test_allocation_solvers(tmp_path: Path) -> None:
+    results = run("allocation_solvers", tmp_path / "out.json")
+    assert all(found["megamem"]["solved"] for found in results["published"]["instances"].values())
+    for trace in results["traces"].values():
+        assert {"first order", "portfolio", "auto", "two levels"} == set(trace["solvers"])
+        assert all(found["peak"] >= trace["lower_bound"] for found in trace["solvers"].values())
+        assert trace["levels"]["lower_bound_ratio"] >= 1.0
     assert not [target["what"] for target in results["targets"] if not target["met"]]
 
 

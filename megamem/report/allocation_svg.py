@@ -46,7 +46,8 @@ def render_svg(solution: Solution, *, title: str, lower_bound: int | None = None
         caption += f", lower bound {_amount(lower_bound)}"
         y = _TOP + _HEIGHT - lower_bound * up
         parts.append(
-            f"<path d='M{_LEFT} {y:.2f}H{_LEFT + _WIDTH}' stroke='#000' stroke-width='1' stroke-dasharray='6 4' fill='none'/>"
+            f"<path d='M{_LEFT} {y:.2f}H{_LEFT + _WIDTH}' fill='none' "
+            "stroke='#000' stroke-width='1' stroke-dasharray='6 4'/>"
         )
     if left_out > 0:
         caption += f"; the {left_out} smallest are not drawn"

@@ -1,0 +1,227 @@
+"""How good and how fast the allocation solvers are. Runs on a CPU, on one core.
+
+1. `published`: MiniMalloc's challenging instances at their capacity, `megamem solve` against `minimalloc` (--minimalloc
+   names the binary; without it megamem runs alone). Both are whole processes, reading the file included, in turns;
+   wall and processor time.
+2. `traces`: one iteration of Megatron models: gap to the most bytes live at once, for the first greedy order alone, the
+   whole portfolio, MEMO's two levels before and after they are refined, and `auto` within --time-limit.
+3. `scale`: iterations of the largest trace one after the other, 10^5 requests and more, by the first greedy order and
+   by `auto` within 10 s.
+
+Targets: every instance solved within 10 s, in less time than MiniMalloc needs in all; gaps at most 0.5 %; two levels
+within 0.5 % of flat; 10^5 requests within 10 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import common
+
+from megamem.ir.allocation import Problem, read_problem, read_solution
+from megamem.native import load
+from megamem.planner.allocation import greedy
+from megamem.planner.allocation.bilevel import BilevelSolver, decompose
+from megamem.planner.allocation.budget import Budget
+from megamem.planner.allocation.greedy import GreedySolver
+from megamem.planner.allocation.solver import Outcome, Task
+from megamem.planner.allocation.solvers import make_solver
+from megamem.planner.allocation.sweep import Sweep
+from megamem.planner.allocation.validator import check
+
+CAPACITY = 1 << 20
+DATA = common.ROOT.parent / "shared" / "data"
+
+
+def measure_published(args: argparse.Namespace) -> common.Json:
+    """Each instance by each contender, `rounds` times in turns."""
+    files = sorted((args.data / "minimalloc").glob("*.csv"))[: 1 if args.quick else None]
+    result: common.Json = {"capacity": CAPACITY, "instances": {}}
+    for file in files:
+        contenders = {"megamem": lambda file=file: _run_megamem(file)}
+        if args.minimalloc:
+            contenders["minimalloc"] = lambda file=file: _run_minimalloc(args.minimalloc, file)
+        turns = common.interleaved(contenders, 1 if args.quick else args.rounds)
+        result["instances"][file.name.partition(".")[0]] = {
+            name: {
+                "solved": all(turn["solved"] for turn in found),
+                "seconds": common.summary(turn["wall"] for turn in found),
+                "cpu_seconds": common.summary(turn["cpu"] for turn in found),
+            }
+            for name, found in turns.items()
+        }
+    names = ["megamem", *(["minimalloc"] if args.minimalloc else [])]
+    result["total_seconds"] = {
+        name: {
+            clock: sum(found[name][clock]["median"] for found in result["instances"].values())
+            for clock in ("seconds", "cpu_seconds")
+        }
+        for name in names
+    }
+    return result
+
+
+def _run_megamem(file: Path) -> common.Json:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "solution.csv"
+        command = [sys.executable, "-m", "megamem", "solve", str(file), "--capacity", str(CAPACITY), "--json"]
+        turn = _timed([*command, "--time-limit", "60s", "--output", str(output)])
+        check(read_solution(output))
+        return {**turn, "solved": json.loads(turn.pop("stdout"))["fits"]}
+
+
+def _run_minimalloc(binary: str, file: Path) -> common.Json:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "solution.csv"
+        turn = _timed([binary, f"--capacity={CAPACITY}", f"--input={file}", f"--output={output}"])
+        turn.pop("stdout")
+        solved = output.exists() and read_solution(output).peak <= CAPACITY
+        if solved:
+            check(read_solution(output))
+        return {**turn, "solved": solved}
+
+
+def _timed(command: list[str]) -> common.Json:
+    before, begin = os.times(), time.perf_counter()
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    wall, after = time.perf_counter() - begin, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"wall": wall, "cpu": cpu, "stdout": run.stdout}
+
+
+def measure_traces(args: argparse.Namespace) -> common.Json:
+    """Gaps and seconds by trace and solver."""
+    files = sorted((args.data / "traces").glob("*.csv.gz"))[: 1 if args.quick else None]
+    return {file.name.removesuffix(".csv.gz"): _measure_trace(read_problem(file), args) for file in files}
+
+
+def _measure_trace(problem: Problem, args: argparse.Namespace) -> common.Json:
+    limit = 2.0 if args.quick else args.time_limit
+    found = {"first order": _first_order(problem)}
+    task = Task(problem)
+    greedy.try_portfolio(task)
+    found["portfolio"] = _gap(task.outcome())
+    found["auto"] = _gap(make_solver("auto").solve(problem, budget=Budget(limit)))
+    found["two levels"] = _gap(BilevelSolver().solve(problem, budget=Budget(limit)))
+    parts = decompose(Task(problem))
+    price = Sweep.of(parts.blocks)
+    upper = GreedySolver().solve(parts.blocks, budget=Budget(min(limit, 5.0)))
+    return {
+        "requests": len(problem),
+        "lower_bound": task.bound.nbytes,
+        "solvers": found,
+        "levels": {
+            "passes": len(parts.passes),
+            "distinct": parts.num_programs,
+            "blocks": len(parts.blocks),
+            "lower_bound_ratio": price.max_live * price.unit / task.bound.nbytes,
+            "unrefined_gap": upper.peak / task.bound.nbytes - 1,
+        },
+    }
+
+
+def _first_order(problem: Problem) -> common.Json:
+    task = Task(problem)
+    name, order = next(iter(greedy.orders(task.sweep)))
+    task.offer(task.core.first_fit(task.sweep, order), name)
+    return _gap(task.outcome())
+
+
+def _gap(outcome: Outcome) -> common.Json:
+    return {
+        "peak": outcome.peak, "gap": outcome.gap, "optimal": outcome.is_optimal, "seconds": outcome.seconds,
+        "found_by": outcome.solver,
+    }  # fmt: skip
+
+
+def measure_scale(args: argparse.Namespace) -> common.Json:
+    """Iterations of the largest trace in a row, until there are 10^5 requests (10^4 with --quick)."""
+    files = sorted((args.data / "traces").glob("*.csv.gz"), key=lambda file: file.stat().st_size)
+    problem = read_problem(files[0 if args.quick else -1])
+    times = -(-(10**4 if args.quick else 10**5) // len(problem))
+    horizon = max(buffer.upper for buffer in problem.buffers)
+    buffers = [
+        replace(
+            buffer, id=f"{turn}.{buffer.id}", lower=buffer.lower + turn * horizon, upper=buffer.upper + turn * horizon
+        )
+        for turn in range(times)
+        for buffer in problem.buffers
+    ]
+    problem = Problem(buffers=tuple(buffers))
+    auto = make_solver("auto").solve(problem, budget=Budget(10.0))
+    return {"requests": len(problem), "solvers": {"first order": _first_order(problem), "auto, 10 s": _gap(auto)}}
+
+
+def _targets(results: common.Json) -> list[common.Json]:
+    published, scale = results["published"], results["scale"]
+    targets = [
+        {
+            "what": "published instances all solved, each within 10 s",
+            "met": all(
+                found["megamem"]["solved"] and found["megamem"]["seconds"]["max"] < 10
+                for found in published["instances"].values()
+            ),
+        },
+        {"what": f"{scale['requests']} requests within 10 s", "met": scale["solvers"]["first order"]["seconds"] < 10},
+    ]
+    totals = published["total_seconds"]
+    if "minimalloc" in totals:
+        ours, theirs = totals["megamem"]["seconds"], totals["minimalloc"]["seconds"]
+        targets.append({"what": f"all of them in {ours:.1f} s, MiniMalloc {theirs:.1f} s", "met": ours < theirs})
+    for name, trace in results["traces"].items():
+        auto, two = trace["solvers"]["auto"], trace["solvers"]["two levels"]
+        targets.append({"what": f"{name}: gap {auto['gap']:.4%}, 0.5 % allowed", "met": auto["gap"] <= 0.005})
+        apart = two["peak"] / auto["peak"] - 1
+        targets.append({"what": f"{name}: two levels {apart:.4%} above flat, 0.5 % allowed", "met": apart <= 0.005})
+    return targets
+
+
+def _print(results: common.Json) -> None:
+    rows = [
+        (name, *(f"{found[who]['seconds']['median']:.2f} ({found[who]['cpu_seconds']['median']:.2f})" for who in found))
+        for name, found in results["published"]["instances"].items()
+    ]
+    who = list(results["published"]["total_seconds"])
+    rows.append(("total", *(f"{results['published']['total_seconds'][name]['seconds']:.2f}" for name in who)))
+    common.print_table(f"fitted into {CAPACITY} bytes: seconds (of processor)", ("", *who), rows)
+    traces = {**results["traces"], f"{results['scale']['requests']} requests": results["scale"]}
+    rows = [
+        (f"{name}: {solver}", f"{found['gap']:.5%}", "yes" if found["optimal"] else "", f"{found['seconds']:.2f}")
+        for name, trace in traces.items()
+        for solver, found in trace["solvers"].items()
+    ]
+    common.print_table("traces", ("", "gap", "proven", "seconds"), rows)
+    for target in results["targets"]:
+        print(("  met      " if target["met"] else "  NOT MET  ") + target["what"])
+
+
+def main() -> None:
+    """Run and write."""
+    parser = common.argument_parser(__doc__ or "")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="with minimalloc/ and traces/")
+    parser.add_argument("--minimalloc", metavar="FILE", help="its binary (default: that of PATH, if there is one)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: %(default)s)")
+    parser.add_argument("--time-limit", type=float, default=30.0, help="seconds for auto (default: %(default)s)")
+    args = parser.parse_args()
+    args.minimalloc = args.minimalloc or shutil.which("minimalloc")
+    load()  # building the core is no part of solving
+    results: common.Json = {
+        "published": measure_published(args), "traces": measure_traces(args), "scale": measure_scale(args),
+    }  # fmt: skip
+    results["targets"] = _targets(results)
+    _print(results)
+    args.data, args.minimalloc = args.data.name, bool(args.minimalloc)  # where they lie says nothing
+    common.write(args.out, "allocation_solvers", args, results)
+
+
+if __name__ == "__main__":
+    main()
