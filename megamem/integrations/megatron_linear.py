@@ -15,6 +15,7 @@ with the output layer, on the same rank), frozen inputs, weights of Megatron-FSD
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -34,18 +35,18 @@ class SplitLinears:
 
     def __init__(self, queue: WeightQueue) -> None:
         self._queue = queue
-        self._splittable: set[int] = set()
+        self._splittable: dict[int, weakref.ref[Parameter]] = {}  # by id, which a later parameter may have again
 
     def learn(self, chunks: Sequence[Module]) -> int:
         """Find the weights that only linear layers use; how many there are, without output layers."""
-        owners: dict[int, list[tuple[str, Module]]] = {}
+        owners: dict[Parameter, list[tuple[str, Module]]] = {}
         for chunk in chunks:
             for path, module in chunk.named_modules():
                 for parameter in module.parameters(recurse=False):
-                    owners.setdefault(id(parameter), []).append((path, module))
+                    owners.setdefault(parameter, []).append((path, module))
         linears = (layers.ColumnParallelLinear, layers.RowParallelLinear)
         found = {key: users for key, users in owners.items() if all(isinstance(user, linears) for _, user in users)}
-        self._splittable = set(found)
+        self._splittable |= {id(parameter): weakref.ref(parameter) for parameter in found}
         return sum(not users[0][0].endswith("output_layer") for users in found.values())
 
     def run(self, function: Any, arguments: tuple[Any, ...]) -> Tensor:
@@ -63,7 +64,8 @@ class SplitLinears:
             torch.is_grad_enabled()
             and source.requires_grad
             and weight.requires_grad
-            and id(weight) in self._splittable
+            and (known := self._splittable.get(id(weight))) is not None
+            and known() is weight
             and buffer is None
             and not hasattr(weight, "__fsdp_param__")
             and all(size == 1 for size in arguments[_NUM_ARGUMENTS:])

@@ -13,6 +13,7 @@ gets the number of tokens, loss dicts come back in the order of microbatches and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -154,6 +155,8 @@ class MegatronSchedule:
         config = get_model_config(call.chunks[0])
         self._check(call, config)
         plan = self._plan(call)
+        if config.no_sync_func is not None and not call.forward_only:
+            _check_order(plan.schedule)
         return self._guarded(call, config, plan)
 
     def _say_alone(self) -> None:
@@ -288,6 +291,21 @@ def offloads(options: Scheduling) -> bool:
     if options.name == "file":
         return any(action.kind == "OFFLOAD" for _, action in load_schedule(options.file))
     return options.name in FAMILIES and FAMILIES[options.name].offloads
+
+
+def _check_order(schedule: Schedule) -> None:
+    """Refuse orders in which a chunk's last gradients are not those of its last microbatch."""
+    for rank, actions in enumerate(schedule.ranks):
+        for chunk in range(schedule.placement.num_chunks):
+            for kinds in (("B", "BW"), ("W", "BW")):
+                order = [action for action in actions if action.chunk == chunk and action.kind in kinds]
+                late = next((b for a, b in itertools.pairwise(order) if a.microbatch > b.microbatch), None)
+                if late is not None:
+                    raise UnsupportedError(
+                        f"schedule {schedule.name}: rank {rank} runs {late} after a later microbatch's, and gradients "
+                        "are reduced while the last microbatch makes them; switch overlap_grad_reduce off, or keep "
+                        "the microbatches in order"
+                    )
 
 
 def refuse(config: Any, name: str) -> None:

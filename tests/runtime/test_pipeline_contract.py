@@ -81,6 +81,37 @@ def test_what_cannot_run_is_refused_before_the_first_message(
         assert found[0] == error, found
 
 
+DISORDERED = (
+    "rank 0: 0F0 0F1 0F2 0F3 0BW0 0B1 0B3 0B2 0W1 0W2 0W3\n"
+    "rank 1: 0F0 0F1 0F2 0F3 0BW0 0BW1 0B3 0BW2 0W3\n"
+)  # fmt: skip
+
+
+def run_out_of_order(folder: str, overlap: bool) -> list[str] | str:
+    """A later microbatch first: how far the gradients are from stock, where that is not refused."""
+    import torch.distributed as torch_dist
+
+    from megamem.errors import UnsupportedError
+    from megamem.testing.parity import relative_error
+    from megamem.testing.pipeline import train_pipeline
+
+    case = _case(ddp={"overlap_grad_reduce": overlap})
+    path = Path(folder) / f"schedule of rank {torch_dist.get_rank()}.txt"
+    path.write_text(HEAD + DISORDERED, encoding="utf-8")
+    try:
+        ours = train_pipeline(case, {"name": "file", "file": str(path)})
+    except UnsupportedError as error:
+        return str(error)
+    stock = train_pipeline(case)
+    return [name for name, one in stock.gradients.items() if relative_error(ours.gradients[name], one) > 1e-5]
+
+
+def test_microbatches_out_of_order_do_not_go_with_overlapped_reductions(dist: Dist, tmp_path: Path) -> None:
+    assert dist(2)(run_out_of_order, str(tmp_path), False) == [[], []]
+    for refusal in dist(2)(run_out_of_order, str(tmp_path), True):
+        assert "rank 0 runs 0B2 after a later microbatch's" in refusal and "overlap_grad_reduce off" in refusal
+
+
 def contract(name: str, vpp: int | None) -> dict[str, Any]:
     """Call the forward-backward function in every way that trainers do, stock and ours: what was equal."""
     import torch
