@@ -46,7 +46,7 @@ class StepCall:
         given = bound.arguments
         chunks = given["model"] if isinstance(given["model"], list) else [given["model"]]
         iterators = given["data_iterator"]
-        communicator, groups = given["p2p_communicator"], given["pg_collection"]
+        communicator, groups = given.get("p2p_communicator"), given.get("pg_collection")  # 0.15 has not all of them
         return cls(
             step=step,
             forward_step_func=given["forward_step_func"],

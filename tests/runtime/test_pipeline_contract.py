@@ -116,10 +116,12 @@ def contract(name: str, vpp: int | None) -> dict[str, Any]:
     """Call the forward-backward function in every way that trainers do, stock and ours: what was equal."""
     import torch
     from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_model_config
 
+    from megamem.integrations import compat
     from megamem.integrations.megatron_core import enable
     from megamem.testing.pipeline import build_pipeline, gradients_of, run_step
 
@@ -154,7 +156,8 @@ def contract(name: str, vpp: int | None) -> dict[str, Any]:
         config.finalize_model_grads_func = finalized
         groups = ProcessGroupCollection.use_mpu_process_groups()
         communicator = P2PCommunicator(pp_group=parallel_state.get_pipeline_model_parallel_group(), config=config)
-        log.append(run_step(case, chunks, 4, seed=0, force_all_reduce=True))
+        reduces = compat.takes_force_all_reduce(schedules.forward_backward_pipelining_without_interleaving)
+        log.append(run_step(case, chunks, 4, seed=0, **({"force_all_reduce": True} if reduces else {})))
         log.append(gradients_of(chunks))
         log.append(run_step(case, chunks, 4, seed=1, p2p_communicator=communicator, pg_collection=groups))
         with torch.no_grad():
