@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megamem.errors import PipelineError, UnsupportedError
@@ -71,7 +72,7 @@ class Loop:
     ) -> None:
         self._stages, self._mailbox, self._notice = stages, mailbox, notice
         self._keeps, self._trace = keeps, trace
-        self._outgoing: dict[tuple[str, int, int], Tensor | None] = {}
+        self._outgoing: dict[tuple[str, int, int], Tensor] = {}
         self.saved: dict[tuple[int, int], Saved] = {}
         self.current: Action | None = None
         self.observe: Callable[[Action], None] | None = None  # called after every action, for accounting in tests
@@ -134,11 +135,14 @@ class Loop:
         gradient = self._mailbox.take("B", chunk, microbatch)
         if self._trace is not None:
             self._trace.begin(action)
-        result = self._stages.backward(action, *self.saved.pop((chunk, microbatch)), gradient)
+        received, output = self.saved.pop((chunk, microbatch))
+        result = self._stages.backward(action, received, output, gradient)
         if self._trace is not None:
             self._trace.end()
+        if result is None and received is not None:
+            result = torch.zeros_like(received)  # the stage's output does not depend on it; the stage before waits
         way = self._mailbox.way("B", chunk)
-        if way == "away":
+        if way == "away" and result is not None:
             self._outgoing["B", chunk, microbatch] = result
         elif way == "here":
             self._mailbox.hand_over("B", chunk, microbatch, result)
@@ -152,14 +156,12 @@ class Loop:
 
     def _send_activation(self, action: Action) -> None:
         output = self._outgoing.pop(("F", action.chunk, action.microbatch))
-        assert output is not None
         self._mailbox.send("F", action.chunk, action.microbatch, output)
         if self._keeps:
             self._stages.release(output)
 
     def _send_gradient(self, action: Action) -> None:
         gradient = self._outgoing.pop(("B", action.chunk, action.microbatch))
-        assert gradient is not None
         self._mailbox.send("B", action.chunk, action.microbatch, gradient)
 
     def _nothing(self, action: Action) -> None:
