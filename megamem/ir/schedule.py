@@ -16,16 +16,35 @@ Kinds of actions, for chunk c and microbatch m:
     B, W               gradient of the input; gradient of the parameters (arXiv 2401.10241, section 2)
     BW                 both at once, as autograd does it
     S, T               vocabulary parallelism: output layer with softmax statistics; its weight gradient (2411.05288)
+    IF, IB             vocabulary parallelism: input embedding of the rank's words; the gradient of their rows
     SEND_F, RECV_F     send the output of F(c, m) to the next stage; post the receive for the input of F(c, m)
     SEND_B, RECV_B     send the input gradient of chunk c to the stage before; post the receive for its output gradient
     OFFLOAD, RELOAD    begin to copy what F(c, m) saved to host memory; begin to copy it back (arXiv 2503.01328)
 
-Generators make F, B, W, BW (and OFFLOAD, RELOAD); sends and receives are added by a pass. Posting never waits: the
-action that needs a message waits for it.
+Generators make F, B, W, BW (and OFFLOAD, RELOAD); vocabulary passes, sends and receives are added by passes. Posting
+never waits: the action that needs a message waits for it.
+
+**Vocabulary parallelism** (arXiv 2411.05288, section 4). Both embeddings lie in shards on all ranks (`ir.vocabulary`),
+and every rank runs IF, S, T and IB once per microbatch; their chunk is written as 0 and means nothing. Between them
+are collectives of all pipeline ranks, each kind of them on a communicator of its own, posted without waiting as here:
+
+    embedding      after IF(m) on every rank: the sum over the shards, for F(m) of the first stage
+    hidden state   after F(m) of the last stage, on the other ranks before S(m): a broadcast, for S(m) on every rank
+    statistics     after S(m) on every rank: an all-reduce, for T(m) on every rank
+    gradient       to the rank of the last stage, for its B(m): the sum of the shards' gradients of the hidden state
+    embedding's    after B(m) of the first stage, on the other ranks before IB(m): a broadcast of the gradient of the
+                   embedding, for IB(m) on every rank
+
+`Schedule.barriers` says where the gradient is made. With 2 (algorithm 1) T makes it along with the weight gradient, so
+B(m) of the last stage waits for T(m) of every rank. With 1 (algorithm 2) S makes it but for a factor of each token, it
+travels with the statistics, B(m) waits for S(m) of every rank only, and T may run at any later time.
+
+A communicator needs one order on all ranks. So IF, S, IB, and T where there are 2 barriers, come in the same order of
+microbatches on every rank, S in that of F of the last stage, and IB in that of B of the first.
 
 **Text form**, both ways, to paste in a bug report (`Schedule.to_text`, `parse_schedule`). An action is
 `<chunk><KIND><microbatch>` as in torch.distributed.pipelining, `0F3`, `1SEND_B0`; a part of a W is `0W3:1/4`, the
-second quarter of it. Lines that begin with # are comments.
+second quarter of it. Lines that begin with # are comments. `group: 4` and `barriers: 2` are there where they are set.
 
     megamem-schedule 1
     name: zb-h1
@@ -46,11 +65,15 @@ from typing import Literal, NamedTuple, get_args
 
 from megamem.errors import ScheduleError
 
-Kind = Literal["F", "B", "W", "BW", "S", "T", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "OFFLOAD", "RELOAD"]
+Kind = Literal[
+    "F", "B", "W", "BW", "S", "T", "IF", "IB", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "OFFLOAD", "RELOAD"
+]  # fmt: skip
 Shape = Literal["round-robin", "v"]
+Barriers = Literal[1, 2]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-COMPUTE: frozenset[Kind] = frozenset({"F", "B", "W", "BW", "S", "T"})
+VOCABULARY: frozenset[Kind] = frozenset({"S", "T", "IF", "IB"})
+COMPUTE: frozenset[Kind] = frozenset({"F", "B", "W", "BW"}) | VOCABULARY
 COMMUNICATION: frozenset[Kind] = frozenset({"SEND_F", "RECV_F", "SEND_B", "RECV_B"})
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 
@@ -144,6 +167,7 @@ class Schedule:
     num_microbatches:  microbatches in the step, numbered from 0
     ranks:             one tuple of actions per rank
     group:             microbatches that go through a chunk before the next chunk's turn; None where there are no groups
+    barriers:          of vocabulary parallelism; None where there are no S and T (or in a file: then 1 is meant)
 
     Chunks, microbatches and the number of ranks are checked here; whether the actions are complete and can run is for
     `megamem.planner.schedules.checker`.
@@ -154,6 +178,7 @@ class Schedule:
     num_microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
     group: int | None = None
+    barriers: Barriers | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name != " ".join(self.name.split()):
@@ -162,6 +187,8 @@ class Schedule:
             raise ScheduleError(f"{self.name}: {len(self.ranks)} lists of actions for {self.placement.num_ranks} ranks")
         if self.num_microbatches < 1:
             raise ScheduleError(f"{self.name}: a step has at least one microbatch, not {self.num_microbatches}")
+        if self.barriers not in (None, 1, 2):
+            raise ScheduleError(f"{self.name}: vocabulary parallelism has 1 or 2 barriers, not {self.barriers}")
         chunks, microbatches = self.placement.num_chunks, self.num_microbatches
         for rank, actions in enumerate(self.ranks):
             for action in actions:
@@ -179,6 +206,11 @@ class Schedule:
         """Whether any input gradient is computed apart from its weight gradient."""
         return any(action.kind == "B" for _, action in self)
 
+    @property
+    def shards_vocabulary(self) -> bool:
+        """Whether the ranks share the output layer, or the input embedding."""
+        return any(action.kind in VOCABULARY for _, action in self)
+
     def with_ranks(self, ranks: Iterable[Iterable[Action]]) -> Schedule:
         """The same schedule with other actions; what a pass returns."""
         return replace(self, ranks=tuple(tuple(actions) for actions in ranks))
@@ -195,6 +227,8 @@ class Schedule:
         ]
         if self.group is not None:
             lines.append(f"group: {self.group}")
+        if self.barriers is not None:
+            lines.append(f"barriers: {self.barriers}")
         lines += [f"rank {rank}: {order_text(actions)}" for rank, actions in enumerate(self.ranks)]
         return "\n".join(lines) + "\n"
 
@@ -235,7 +269,7 @@ def _assemble(head: dict[str, str], ranks: dict[int, tuple[Action, ...]]) -> Sch
     required = ("name", "placement", "ranks", "chunks", "microbatches")
     if missing := [key for key in required if key not in head]:
         raise ScheduleError(f"the schedule lacks {', '.join(missing)}")
-    if unknown := head.keys() - {*required, "group"}:
+    if unknown := head.keys() - {*required, "group", "barriers"}:
         raise ScheduleError(f"the schedule has unknown keys: {', '.join(sorted(unknown))}")
     num_ranks = _number(head["ranks"], "ranks")
     if len(ranks) != num_ranks or max(ranks, default=-1) != num_ranks - 1:
@@ -251,6 +285,7 @@ def _assemble(head: dict[str, str], ranks: dict[int, tuple[Action, ...]]) -> Sch
         num_microbatches=_number(head["microbatches"], "microbatches"),
         ranks=tuple(ranks[rank] for rank in range(num_ranks)),
         group=_number(head["group"], "group") if "group" in head else None,
+        barriers=_number(head["barriers"], "barriers") if "barriers" in head else None,  # type: ignore[arg-type]  # checked there
     )
 
 

@@ -49,7 +49,7 @@ def test_what_is_no_action_is_named(text: str) -> None:
 
 
 def test_what_computes() -> None:
-    assert [kind for kind in KINDS if Action(kind, 0, 0).is_compute] == ["F", "B", "W", "BW", "S", "T"]
+    assert [kind for kind in KINDS if Action(kind, 0, 0).is_compute] == ["F", "B", "W", "BW", "S", "T", "IF", "IB"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -5,11 +5,16 @@ mistake of theirs cannot hide in here. For stages s, microbatches m, and the las
 
     F(s) needs F(s-1)      B(s) needs F(s) and B(s+1); B(z) needs F(z)       W(s) needs B(s); its parts cover it once
     a BW counts as B and W    S(m) on every rank needs F(z); T(m) and B(z) need S(m) of every rank (2411.05288, 4.3)
+    with two barriers B(z) needs T(m) of every rank    F(0) needs IF(m) of every rank; IB(m) on every rank needs B(0)
     OFFLOAD stands after F, RELOAD after its OFFLOAD, and B after the RELOAD
 
 Sends and receives, where there are any, are there for every pair of neighbouring stages on two ranks: the send after
 what makes the message, the receive before what needs it, both sides of a channel (direction, sender, receiver) in the
 same order. A message arrives when both sides are posted and all before it on the channel have arrived.
+
+Collectives of vocabulary passes are posted where `ir.schedule` says, without waiting, one communicator per kind. If all
+ranks post a kind in one order, a collective is done when all have posted it: those before it are then done, too. So the
+order is checked, and S, T, IF and IB are awaited like messages.
 
 Deadlocks are found by running the lists, without times: what can run does not depend on how long anything takes.
 """
@@ -21,7 +26,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from megamem.errors import InfeasibleError, ScheduleError
-from megamem.ir.schedule import COMMUNICATION, Action, Placement, Schedule
+from megamem.ir.schedule import COMMUNICATION, VOCABULARY, Action, Kind, Placement, Schedule
 from megamem.ir.workload import HasCosts, PipelineCosts, Uniform
 from megamem.planner.schedules.simulator import price
 
@@ -51,7 +56,7 @@ def check_schedule(schedule: Schedule, *, costs: HasCosts | None = None, memory_
     if problems := find_problems(schedule):
         raise ScheduleError(_report(schedule, problems))
     if memory_limit is not None:
-        fitting = (costs or Uniform()).costs(schedule.placement)
+        fitting = (costs or Uniform()).costs(schedule.placement, sharded=schedule.shards_vocabulary)
         if problems := _over_limit(schedule, fitting, memory_limit):
             raise InfeasibleError(_report(schedule, problems))
 
@@ -78,9 +83,14 @@ def accumulates_in_order(schedule: Schedule) -> bool:
     """Whether every parameter takes its gradients in the order of the microbatches, as in 1F1B.
 
     That is what gradients need in order to be bitwise equal to those of 1F1B. Both passes count: B makes the gradients
-    of what is no linear layer (norms, biases), W those of the linear layers. Parts of a W count for their share.
+    of what is no linear layer (norms, biases), W those of the linear layers. Parts of a W count for their share. T and
+    IB make those of the embeddings' shards.
     """
     for actions in schedule.ranks:
+        for kind in ("T", "IB"):
+            whole = [action.microbatch for action in actions if action.kind == kind]
+            if whole != sorted(whole):
+                return False
         for chunk in range(schedule.placement.num_chunks):
             whole = [a.microbatch for a in actions if a.chunk == chunk and a.kind in ("B", "BW")]
             if whole != sorted(whole) or not _parts_in_order([a for a in actions if a.chunk == chunk]):
@@ -172,22 +182,73 @@ def _offload_problems(rank: int, place: dict[Action, int]) -> Iterable[Problem]:
                 yield Problem(rank, position, f"{action} is after the backward pass that needs it")
 
 
+_PAIRS: tuple[tuple[Kind, Kind], ...] = (("S", "T"), ("IF", "IB"))
+
+
 def _vocabulary_problems(schedule: Schedule, places: list[dict[Action, int]]) -> Iterable[Problem]:
-    """Where vocabulary passes appear, one S and then one T on every rank for every microbatch."""
-    if not any(action.kind in ("S", "T") for place in places for action in place):
+    """Where vocabulary passes appear, one of each kind on every rank for every microbatch, in one order."""
+    kinds = {action.kind for place in places for action in place}
+    for pair in _PAIRS:
+        if not kinds & {*pair}:
+            continue
+        for rank, place in enumerate(places):
+            yield from _pair_problems(schedule, rank, place, *pair)
+        last = schedule.placement.num_stages - 1
+        first_of: tuple[Kind, int] | None = ("F", last) if pair[0] == "S" else None
+        yield from _order_problems(schedule, pair[0], first_of)
+        if pair[1] == "IB":
+            yield from _order_problems(schedule, "IB", ("B", 0))
+        elif schedule.barriers == 2:
+            yield from _order_problems(schedule, "T", None)
+
+
+def _pair_problems(
+    schedule: Schedule, rank: int, place: dict[Action, int], early: Kind, late: Kind
+) -> Iterable[Problem]:
+    """One `early` and then one `late` for every microbatch."""
+    found: dict[tuple[Kind, int], int] = {}
+    for action, position in place.items():
+        if action.kind not in (early, late):
+            continue
+        if action.chunk:
+            yield Problem(rank, position, f"{action}: the chunk of an {action.kind} is 0, for it belongs to none")
+        if found.setdefault((action.kind, action.microbatch), position) != position:
+            yield Problem(rank, position, f"{action}: a rank has one {action.kind} per microbatch")
+    end = len(schedule.ranks[rank])
+    if schedule.num_microbatches > _HOPELESS * (end + 1):
         return
-    for rank, place in enumerate(places):
-        found: dict[tuple[str, int], int] = {}
-        for action, position in place.items():
-            if action.kind in ("S", "T") and found.setdefault((action.kind, action.microbatch), position) != position:
-                yield Problem(rank, position, f"{action}: a rank has one {action.kind} per microbatch")
-        for microbatch in range(schedule.num_microbatches):
-            first, second = found.get(("S", microbatch)), found.get(("T", microbatch))
-            for kind, place_of in (("S", first), ("T", second)):
-                if place_of is None:
-                    yield Problem(rank, len(schedule.ranks[rank]), f"{kind} of microbatch {microbatch} is missing")
-            if first is not None and second is not None and second < first:
-                yield Problem(rank, second, f"T of microbatch {microbatch} is before its S")
+    for microbatch in range(schedule.num_microbatches):
+        first, second = found.get((early, microbatch)), found.get((late, microbatch))
+        for kind, position_of in ((early, first), (late, second)):
+            if position_of is None:
+                yield Problem(rank, end, f"{kind} of microbatch {microbatch} is missing")
+        if first is not None and second is not None and second < first:
+            yield Problem(rank, second, f"{late} of microbatch {microbatch} is before its {early}")
+
+
+def _order_problems(schedule: Schedule, kind: Kind, source: tuple[Kind, int] | None) -> Iterable[Problem]:
+    """`kind` in one order on all ranks: that of rank 0 or, where given, of the F or B of the stage that feeds it."""
+    rank, of, wanted = 0, "it is on rank 0", _order(schedule.ranks[0], (kind,), None)
+    if source is not None:
+        stage = source[1]
+        rank, chunk = schedule.placement.rank_of(stage), schedule.placement.chunk_of(stage)
+        kinds: tuple[Kind, ...] = ("F",) if source[0] == "F" else ("B", "BW")
+        of, wanted = f"{chunk}{source[0]} is on rank {rank}", _order(schedule.ranks[rank], kinds, chunk)
+    for other, actions in enumerate(schedule.ranks):
+        found = _order(actions, (kind,), None)
+        if list(found) != list(wanted) and found.keys() == wanted.keys():
+            here, there = next(pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1])
+            text = f"{kind} is not in the order in which {of}: microbatch {here} where {there} is next"
+            yield Problem(other, found[here], text)
+
+
+def _order(actions: tuple[Action, ...], kinds: tuple[Kind, ...], chunk: int | None) -> dict[int, int]:
+    """The microbatches of these actions in their order, with their places."""
+    return {
+        action.microbatch: position
+        for position, action in enumerate(actions)
+        if action.kind in kinds and chunk in (None, action.chunk)
+    }
 
 
 class _End(NamedTuple):
@@ -259,7 +320,8 @@ def _missing_messages(schedule: Schedule, rank: int, place: dict[Action, int]) -
                 yield Problem(rank, position, f"{action} without its {post}")
 
 
-# What an action waits for: a finished F, B or S of (stage, microbatch), or a message on its way to one.
+# What an action waits for: a finished F or B of (stage, microbatch), a message on its way to one, or a vocabulary pass
+# of (0, microbatch) on all ranks.
 _Event = tuple[str, int, int]
 
 
@@ -269,10 +331,10 @@ class _Run:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule, self.placement = schedule, schedule.placement
         self.posts = any(action.kind in COMMUNICATION for _, action in schedule)
-        self.vocabulary = any(action.kind == "S" for _, action in schedule)
+        self.kinds = {action.kind for _, action in schedule}
         self.happened: set[_Event] = set()
         self.waiting: dict[_Event, list[int]] = {}
-        self.statistics = [0] * schedule.num_microbatches
+        self.parts: dict[_Event, int] = {}  # of what every rank must do -> ranks that have done it
         self.lines: dict[tuple[str, int, int], tuple[list[_Event], list[_Event]]] = {}
         self.position = [0] * self.placement.num_ranks
         self.runnable = list(range(self.placement.num_ranks))
@@ -297,7 +359,7 @@ class _Run:
             action = actions[position]
             if action.kind in COMMUNICATION:
                 self._post(rank, action)
-            elif action.kind in ("F", "B", "BW", "S", "T"):
+            elif action.kind in ("F", "B", "BW") or action.kind in VOCABULARY:
                 missing = next((event for event in self._needs(rank, action) if event not in happened), None)
                 if missing is not None:
                     self.waiting.setdefault(missing, []).append(rank)
@@ -309,14 +371,18 @@ class _Run:
     def _needs(self, rank: int, action: Action) -> list[_Event]:
         stage, microbatch, last = self.placement.stage(rank, action.chunk), action.microbatch, self._last
         if action.kind == "F":
-            return [self._arrival("F", stage - 1, stage, microbatch)] if stage else []
-        if action.kind == "S":
-            return [("F", last, microbatch)]
-        if action.kind == "T":
-            return [("S", 0, microbatch)]
+            if stage:
+                return [self._arrival("F", stage - 1, stage, microbatch)]
+            return [("IF", 0, microbatch)] if "IF" in self.kinds else []
+        if action.kind in VOCABULARY:
+            sources: dict[str, list[_Event]] = {
+                "IF": [], "S": [("F", last, microbatch)], "T": [("S", 0, microbatch)], "IB": [("B", 0, microbatch)]
+            }  # fmt: skip
+            return sources[action.kind]
         if stage < last:
             return [("F", stage, microbatch), self._arrival("B", stage + 1, stage, microbatch)]
-        return [("F", stage, microbatch), *([("S", 0, microbatch)] if self.vocabulary else [])]
+        after = "T" if self.schedule.barriers == 2 else "S"
+        return [("F", stage, microbatch), *([(after, 0, microbatch)] if after in self.kinds else [])]
 
     @property
     def _last(self) -> int:
@@ -328,11 +394,12 @@ class _Run:
         return (kind, source, microbatch)
 
     def _finish(self, rank: int, action: Action) -> None:
-        if action.kind == "S":
-            self.statistics[action.microbatch] += 1
-            if self.statistics[action.microbatch] == self.placement.num_ranks:
-                self._happen(("S", 0, action.microbatch))
-        elif action.kind != "T":
+        if action.kind in VOCABULARY:
+            event = (action.kind, 0, action.microbatch)
+            self.parts[event] = self.parts.get(event, 0) + 1
+            if self.parts[event] == self.placement.num_ranks:
+                self._happen(event)
+        else:
             kind = "F" if action.kind == "F" else "B"
             self._happen((kind, self.placement.stage(rank, action.chunk), action.microbatch))
 
@@ -353,8 +420,8 @@ class _Run:
 
     def _describe(self, event: _Event) -> str:
         kind, stage, microbatch = event
-        if kind == "S":
-            return f"S of microbatch {microbatch} on every rank"
+        if kind in VOCABULARY:
+            return f"{kind} of microbatch {microbatch} on every rank"
         letter = kind[-1]
         rank, chunk = self.placement.rank_of(stage), self.placement.chunk_of(stage)
         if len(kind) == 1:
@@ -371,6 +438,7 @@ def _over_limit(schedule: Schedule, costs: PipelineCosts, limit: float) -> list[
         peaks = enumerate(price(schedule, costs).peak_activation)
         return [Problem(rank, 0, _over(peak, limit)) for rank, peak in peaks if peak > allowed]
     problems = []
+    kept = costs.vocabulary.kept if costs.vocabulary is not None else 0.0
     for rank, actions in enumerate(schedule.ranks):
         held, peak, first = 0.0, 0.0, -1
         parts: dict[tuple[int, int], int] = {}
@@ -385,6 +453,8 @@ def _over_limit(schedule: Schedule, costs: PipelineCosts, limit: float) -> list[
             elif kind == "W":
                 parts[chunk, microbatch] = parts.get((chunk, microbatch), 0) + 1
                 held -= cost.weight_grad if parts[chunk, microbatch] == count else 0.0
+            elif kind in ("S", "T"):
+                held += kept if kind == "S" else -kept
             peak = max(peak, held)
             if held > allowed and first < 0:
                 first = position

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megamem.errors import InfeasibleError
-from megamem.ir.schedule import Placement, Schedule, Shape
+from megamem.ir.schedule import Barriers, Placement, Schedule, Shape
 from megamem.ir.workload import HasCosts, PipelineCosts, Uniform
 
 
@@ -22,6 +22,7 @@ class Request:
     workload:       costs of the stages; families that look at them say so
     memory_limit:   activation memory that no rank may exceed, in the unit of the workload's `activation`; None for no
                     limit. Families that cannot keep a limit by construction are checked against it afterwards.
+    vocabulary:     barriers of vocabulary parallelism (`ir.schedule`); None where the end stages have the embeddings
     """
 
     num_ranks: int
@@ -30,11 +31,14 @@ class Request:
     group: int | None = None
     workload: HasCosts = field(default_factory=Uniform)
     memory_limit: float | None = None
+    vocabulary: Barriers | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_microbatches", "num_chunks"):
             if getattr(self, name) < 1:
                 raise InfeasibleError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.vocabulary not in (None, 1, 2):
+            raise InfeasibleError(f"vocabulary parallelism has 1 or 2 barriers, not {self.vocabulary}; nearest: 1")
 
     def placement(self, shape: Shape) -> Placement:
         """The placement of this many ranks and chunks."""
@@ -42,7 +46,7 @@ class Request:
 
     def costs(self, placement: Placement) -> PipelineCosts:
         """The costs of the stages of this placement."""
-        return self.workload.costs(placement)
+        return self.workload.costs(placement, sharded=self.vocabulary is not None)
 
     def with_chunks(self, num_chunks: int) -> Request:
         """The same request for another number of chunks."""

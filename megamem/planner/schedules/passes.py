@@ -49,8 +49,12 @@ def strip_communication(schedule: Schedule) -> Schedule:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """The forward passes only, without communication: nothing is kept for a backward pass."""
-    return schedule.with_ranks([action for action in actions if action.kind == "F"] for actions in schedule.ranks)
+    """The forward passes only, without communication: nothing is kept for a backward pass.
+
+    S is one of them, for it makes the loss, and so is IF.
+    """
+    kinds = ("F", "IF", "S")
+    return schedule.with_ranks([action for action in actions if action.kind in kinds] for actions in schedule.ranks)
 
 
 def merge_backward(schedule: Schedule) -> Schedule:

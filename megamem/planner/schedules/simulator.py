@@ -13,16 +13,18 @@ The rules, from the definitions (arXiv 2401.10241, section 2; arXiv 2405.15362, 
   first-in-first-out channel per direction (F or B), sender and receiver; message i arrives `comm` after both its sides
   are posted, and never before message i - 1.
 * OFFLOAD and RELOAD run on two copy streams of the rank, one per direction, in order, `StageCost.offload` each.
+* Vocabulary passes (`ir.schedule`) take the times of `VocabularyCost`. What a collective makes is there `collective`
+  after the last rank has posted its part; a hidden state, or the gradient of an embedding, so long after it is made.
 * Memory is taken when F starts. The end of B gives back activation - weight_grad, the end of W the rest; where W has
   parts, the last one gives all of it, because the linear layers of a chunk are not equally large. An activation that is
-  offloaded is given back when the copy has ended, and taken again when the copy back starts.
+  offloaded is given back when the copy has ended, and taken again when the copy back starts. What S leaves for T is
+  held from the start of S to the end of T.
 
 **What is ignored**: bandwidth and contention of links, copy engines and memory; what communication kernels take from
-compute; the host's launch time; the allocator; receive buffers (`passes.receive_buffers`); buffers of a running W;
-weights, gradients and optimizer states; everything outside the schedule (embedding and loss unless they are in the
-costs, data loading, collectives of data parallelism, the optimizer step). Vocabulary passes S and T have no costs and
-are refused. A schedule is expected to have passed `checker.check_schedule`; the simulator itself notices only what
-cannot run to its end.
+compute; the host's launch time; the allocator; receive buffers (`passes.receive_buffers`) and those of collectives;
+buffers of a running W; weights, gradients and optimizer states; everything outside the schedule (embedding and loss
+unless they are in the costs, data loading, collectives of data parallelism, the optimizer step). A schedule is expected
+to have passed `checker.check_schedule`; the simulator itself notices only what cannot run to its end.
 
 The figures: `makespan` and `bubble_rate` are those of a synchronous optimizer step, where all ranks begin and end
 together. `stage_span` and `stage_bubble_rate` are those of the zero-bubble papers, in which every rank goes into the
@@ -36,8 +38,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megamem.errors import ScheduleError
-from megamem.ir.schedule import COMMUNICATION, Action, Kind, Placement, Schedule, TimedAction
-from megamem.ir.workload import HasCosts, PipelineCosts
+from megamem.ir.schedule import COMMUNICATION, VOCABULARY, Action, Kind, Placement, Schedule, TimedAction
+from megamem.ir.workload import HasCosts, PipelineCosts, VocabularyCost
 
 Span = tuple[float, float]
 
@@ -119,7 +121,7 @@ def price(schedule: Schedule, costs: HasCosts) -> Price:
 
 
 def _replay(schedule: Schedule, costs: HasCosts) -> _Replay:
-    replay = _Replay(schedule, costs.costs(schedule.placement))
+    replay = _Replay(schedule, costs.costs(schedule.placement, sharded=schedule.shards_vocabulary))
     replay.run()
     return replay
 
@@ -153,8 +155,20 @@ class _Channel:
         return slot, other_slot, max(time, other_time) + self.latency
 
 
+class _Share(NamedTuple):
+    """A vocabulary pass; the same on every rank. Every index is that of microbatch 0."""
+
+    wait: int  # the slot whose time it waits for
+    latency: float  # added to that time
+    duration: float
+    all_done: int  # the slot that takes the end of the collective after it; -1 for none
+    take: float  # memory at its start
+    give: float  # memory at its end
+
+
 class _Replay:
-    """One run. Slots hold times: F and B (or BW) of every stage and microbatch, then the arrivals of their inputs."""
+    """One run. Slots hold times: F and B (or BW) of every stage and microbatch, then the arrivals of their inputs, the
+    start of the step, and what collectives after IF, S and T make."""
 
     def __init__(self, schedule: Schedule, costs: PipelineCosts) -> None:
         self.schedule, self.costs = schedule, costs
@@ -162,8 +176,13 @@ class _Replay:
         ranks = placement.num_ranks
         region = placement.num_stages * self.microbatches
         self.forward, self.backward, self.input, self.gradient, self.start = (index * region for index in range(5))
-        self.slots = [_NOT_YET] * self.start + [0.0] * self.microbatches
+        self.embedded, self.combined, self.reduced = (self.start + index * self.microbatches for index in (1, 2, 3))
+        self.slots = [_NOT_YET] * (self.start + 4 * self.microbatches)
+        self.slots[self.start : self.embedded] = [0.0] * self.microbatches
         self.waiter = [-1] * len(self.slots)
+        self.crowds: dict[int, list[int]] = {}  # slot -> the ranks whose vocabulary pass waits for it
+        self.posted: dict[int, list[float]] = {}  # slot of a collective -> when ranks posted their parts
+        self.shares = _shares(self) if schedule.shards_vocabulary else {}
         self.posts = any(action.kind in COMMUNICATION for _, action in schedule)
         self.channels: dict[tuple[str, int, int], _Channel] = {}
         self.rows = [self._rows(placement, rank) for rank in range(ranks)]
@@ -185,10 +204,12 @@ class _Replay:
             stage = placement.stage(rank, chunk)
             cost = self.costs.stages[stage]
             own_f, own_b = self.forward + stage * count, self.backward + stage * count
-            wait_f, late_f = self.start, 0.0
+            wait_f, late_f = self.embedded if "IF" in self.shares else self.start, 0.0
             if stage > 0:
                 wait_f, late_f = self._edge(own_f - count, self.input + stage * count, rank, stage - 1)
             wait_b, late_b = own_f, 0.0
+            if "S" in self.shares:
+                wait_b = self.reduced if self.schedule.barriers == 2 else self.combined
             if stage < last:
                 wait_b, late_b = self._edge(own_b + count, self.gradient + stage * count, rank, stage + 1)
             kept = cost.weight_grad
@@ -218,11 +239,26 @@ class _Replay:
         actions, rows, slots, waiter = self.schedule.ranks[rank], self.rows[rank], self.slots, self.waiter
         position, clock = self.position[rank], self.clock[rank]
         held, peak, busy = self.held[rank], self.peak[rank], self.busy[rank]
-        spans, copied = self.spans[rank], self.copied[rank]
+        spans, copied, crowds = self.spans[rank], self.copied[rank], self.crowds
         while position < len(actions):
             kind, chunk, microbatch, _, parts = action = actions[position]
             if kind not in rows:
-                spans.append(self._post(rank, action, clock))
+                if kind in VOCABULARY:
+                    share = self.shares[kind]
+                    start = slots[share.wait + microbatch]
+                    if start < 0:
+                        self.crowds.setdefault(share.wait + microbatch, []).append(rank)
+                        break
+                    start = max(start + share.latency, clock)
+                    clock = start + share.duration
+                    self._meet(share, microbatch, clock)
+                    held += share.take
+                    peak = max(peak, held)
+                    held -= share.give
+                    busy += share.duration
+                    spans.append((start, clock))
+                else:
+                    spans.append(self._post(rank, action, clock))
                 position += 1
                 continue
             wait, latency, duration, own, take, give = rows[kind][chunk]
@@ -244,8 +280,8 @@ class _Replay:
             clock = start + duration
             if kind != "W":
                 slots[own] = clock
-                if waiter[own] >= 0:
-                    self.runnable.append(waiter[own])
+                if waiter[own] >= 0 or crowds:
+                    self._wake(own)
             held += take
             if held > peak:
                 peak = held
@@ -256,16 +292,29 @@ class _Replay:
         self.position[rank], self.clock[rank] = position, clock
         self.held[rank], self.peak[rank], self.busy[rank] = held, peak, busy
 
+    def _meet(self, share: _Share, microbatch: int, end: float) -> None:
+        """One rank's part of the collective after a vocabulary pass."""
+        if share.all_done < 0:
+            return
+        slot = share.all_done + microbatch
+        ends = self.posted.setdefault(slot, [])
+        ends.append(end)
+        if len(ends) == self.schedule.placement.num_ranks:
+            assert self.costs.vocabulary is not None  # or there would be no shares
+            self.slots[slot] = max(ends) + self.costs.vocabulary.collective
+            self._wake(slot)
+
+    def _wake(self, slot: int) -> None:
+        if self.waiter[slot] >= 0:
+            self.runnable.append(self.waiter[slot])
+        self.runnable += self.crowds.pop(slot, ())
+
     def _post(self, rank: int, action: Action, clock: float) -> Span:
         """Begin what is not compute: a message, or a copy."""
         if action.kind in COMMUNICATION:
             self._post_message(rank, action, clock)
             return clock, clock
-        if action.kind in ("OFFLOAD", "RELOAD"):
-            return self._post_copy(rank, action, clock)
-        raise ScheduleError(
-            f"{self.schedule.name}: rank {rank} has {action}, and costs say nothing about {action.kind}"
-        )
+        return self._post_copy(rank, action, clock)
 
     def _post_message(self, rank: int, action: Action, clock: float) -> None:
         placement, is_send = self.schedule.placement, action.kind.startswith("SEND")
@@ -293,8 +342,7 @@ class _Replay:
                 f"{self._name(sent)} meets the receive for {self._name(received)}"
             )
         self.slots[slot] = arrival
-        if self.waiter[slot] >= 0:
-            self.runnable.append(self.waiter[slot])
+        self._wake(slot)
 
     def _post_copy(self, rank: int, action: Action, clock: float) -> Span:
         stage = self.schedule.placement.stage(rank, action.chunk)
@@ -331,8 +379,11 @@ class _Replay:
 
     def _waits(self, rank: int) -> str:
         action = self.schedule.ranks[rank][self.position[rank]]
-        row = self.rows[rank][action.kind][action.chunk]
+        row = self.shares[action.kind] if action.kind in VOCABULARY else self.rows[rank][action.kind][action.chunk]
         slot = row.wait + action.microbatch
+        if slot >= self.start:
+            kind = ("F", "IF", "S", "T")[(slot - self.start) // self.microbatches]
+            return f"{action} for {kind} of microbatch {action.microbatch} on every rank"
         if slot < self.input:
             return f"{action} for {self._name(slot)}"
         return f"{action} for the message to {self._name(slot)}; it is not sent, or its receive is not posted"
@@ -345,6 +396,23 @@ class _Replay:
         return f"{Action(kind, placement.chunk_of(stage), microbatch)} of rank {placement.rank_of(stage)}"
 
 
+def _shares(replay: _Replay) -> Mapping[Kind, _Share]:
+    """What the vocabulary passes wait for, take and give; those that the schedule has."""
+    schedule, cost = replay.schedule, replay.costs.vocabulary or VocabularyCost()
+    barriers, late = schedule.barriers or 1, cost.collective
+    last_f = replay.forward + (schedule.placement.num_stages - 1) * schedule.num_microbatches
+    found: dict[Kind, _Share] = {}
+    kinds = {action.kind for _, action in schedule}
+    if kinds & {"IF", "IB"}:
+        found["IF"] = _Share(replay.start, 0.0, cost.embed, replay.embedded, 0.0, 0.0)
+        found["IB"] = _Share(replay.backward, late, cost.embed_grad, -1, 0.0, 0.0)
+    if kinds & {"S", "T"}:
+        reduced = replay.reduced if barriers == 2 else -1
+        found["S"] = _Share(last_f, late, cost.seconds("S", barriers), replay.combined, cost.kept, 0.0)
+        found["T"] = _Share(replay.combined, 0.0, cost.seconds("T", barriers), reduced, 0.0, cost.kept)
+    return found
+
+
 def _memory_changes(
     schedule: Schedule, costs: PipelineCosts, rank: int, spans: list[Span] | tuple[Span, ...]
 ) -> list[tuple[float, float]]:
@@ -354,6 +422,7 @@ def _memory_changes(
     """
     changes: list[tuple[float, int, float]] = []
     parts: dict[tuple[int, int], int] = {}
+    kept = costs.vocabulary.kept if costs.vocabulary is not None else 0.0
     for action, (start, end) in zip(schedule.ranks[rank], spans, strict=True):
         cost = costs.stages[schedule.placement.stage(rank, action.chunk)]
         if action.kind in ("F", "RELOAD"):
@@ -364,6 +433,10 @@ def _memory_changes(
             changes.append((end, 1, -cost.activation))
         elif action.kind == "B":
             changes.append((end, 1, cost.weight_grad - cost.activation))
+        elif action.kind == "S":
+            changes.append((start, 1, kept))
+        elif action.kind == "T":
+            changes.append((end, 1, -kept))
         elif action.kind == "W":
             key = (action.chunk, action.microbatch)
             parts[key] = parts.get(key, 0) + 1
