@@ -37,7 +37,7 @@ def orders(sweep: Sweep) -> Iterator[tuple[str, list[int]]]:
             sorted(everyone, key=lambda i: _in_stack(sweep, i, long)),
         )
     fullest = set(sweep.members(sweep.live.index(sweep.max_live))) if len(sweep) else set()
-    for share in _LONG_LIVED[:3]:
+    for share in _LONG_LIVED[1:3]:
         long = share * sweep.num_sections
         yield (
             f"fullest-section, long-lived/{share:g}",
@@ -54,10 +54,11 @@ def orders(sweep: Sweep) -> Iterator[tuple[str, list[int]]]:
 
 
 def _in_stack(sweep: Sweep, i: int, long: float, first_of_all: Container[int] = ()) -> tuple[int, int, int]:
-    """Sort key: `first_of_all`, then what lives for more than `long` sections, both by birth; the rest by size."""
+    """Sort key: `first_of_all`, its long-lived buffers first, then what lives for more than `long` sections, all by
+    birth; then the rest by size."""
     birth = sweep.first[i]
     if i in first_of_all:
-        return 0, int(sweep.last[i] - birth <= long), birth
+        return 0, int(sweep.last[i] - birth <= _LONG_LIVED[0] * sweep.num_sections), birth
     return (1, birth, 0) if sweep.last[i] - birth > long else (2, -sweep.size[i], birth)
 
 

@@ -15,6 +15,7 @@ from megamem.planner.allocation.core import Core, SearchResult, Watch, never
 from megamem.planner.allocation.sweep import Sweep
 
 _POLL_EVERY = 64
+_WINDOWS = 64
 
 
 class PythonCore(Core):
@@ -26,13 +27,13 @@ class PythonCore(Core):
         self, sweep: Sweep, order: Sequence[int], *, best_fit: bool = False, watch: Watch = never
     ) -> Sequence[int] | None:
         offsets = [0] * len(sweep)
-        placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; by offset
+        shelves = _Shelves(sweep.num_sections)
         for step, i in enumerate(order):
             if step % _POLL_EVERY == _POLL_EVERY - 1 and watch():
                 return None
             first, last, size = sweep.first[i], sweep.last[i], sweep.size[i]
             top, best, smallest = 0, None, None
-            for offset, end, other_first, other_last in placed:
+            for offset, end, other_first, other_last in shelves.touching(first, last):
                 if other_first >= last or other_last <= first:
                     continue
                 gap = offset - top
@@ -42,7 +43,7 @@ class PythonCore(Core):
                         break
                 top = max(top, end)
             offsets[i] = top if best is None else best
-            insort(placed, (offsets[i], offsets[i] + size, first, last))
+            shelves.put((offsets[i], offsets[i] + size, first, last))
         return offsets
 
     def search(
@@ -58,6 +59,28 @@ class PythonCore(Core):
         if not found:
             return SearchResult(status="none", nodes=search.nodes)
         return SearchResult(status="found", nodes=search.nodes, offsets=search.offsets)
+
+
+_Placed = tuple[int, int, int, int]  # offset, end, first, last
+
+
+class _Shelves:
+    """What is placed, by offset: all of it, and once more for each window of sections that it touches."""
+
+    def __init__(self, num_sections: int) -> None:
+        self._width = max(num_sections // _WINDOWS, 1)
+        self._all: list[_Placed] = []
+        self._windows: list[list[_Placed]] = [[] for _ in range(num_sections // self._width + 1)]
+
+    def put(self, item: _Placed) -> None:
+        insort(self._all, item)
+        for window in range(item[2] // self._width, (item[3] - 1) // self._width + 1):
+            insort(self._windows[window], item)
+
+    def touching(self, first: int, last: int) -> list[_Placed]:
+        """At least what shares a section with [first, last)."""
+        window = first // self._width
+        return self._windows[window] if window == (last - 1) // self._width else self._all
 
 
 class _Aborted(Exception):  # noqa: N818 - not an error
