@@ -169,10 +169,12 @@ class Session(AbstractSession):
         return result
 
     def _check_loss(self, loss: FusedLoss, model: Any) -> None:
-        """Once, before the first step: UnsupportedError on every rank if any rank's model does not go with it."""
-        problems = loss.problems(model if isinstance(model, list) else [model])
+        """Once, before the first step: UnsupportedError on every rank if the model of any does not go with it."""
+        chunks = model if isinstance(model, list) else [model]
+        problems = loss.problems(chunks)
         if _least(-len(problems), None):
             refuse(problems or ["the model of another rank does not go with it; the error there says why"])
+        loss.adopt(chunks)
 
     def check_live(self) -> None:
         """Raise NotLiveError on every rank if no rank's layers went through the engine, or if this rank's did not."""

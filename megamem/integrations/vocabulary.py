@@ -119,12 +119,32 @@ class FusedLoss(AbstractLoss):
         self.num_losses = self.num_stock = 0
         self.largest_nbytes = (0, 0)
         self._known: weakref.WeakSet[Module] = weakref.WeakSet()  # models that were checked
+        self._adopted: weakref.WeakSet[Module] = weakref.WeakSet()  # models with a `forward` of ours
         self._marked: MutableMapping[Any, None] = WeakIdKeyDictionary()  # weights with a `zero_out_wgrad` of ours
 
     def problems(self, chunks: Sequence[Module]) -> list[str]:
         """Why losses of these model chunks cannot be computed; empty where all can."""
-        models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModule)]
-        return [problem for model in models for problem in _problems(model)]
+        return [problem for model in _models(chunks) for problem in _problems(model)]
+
+    def adopt(self, chunks: Sequence[Module]) -> None:
+        """Have the language models of these chunks come here that the patch of GPTModel does not reach, until `close`.
+
+        They are HybridModel, which was MambaModel before 0.18, and what is like it: its forward pass takes labels, and
+        calls output layer and loss itself.
+        """
+        for model in _models(chunks):
+            if not isinstance(model, GPTModel) and model not in self._adopted:
+                vars(model)["forward"] = self._forward_of(model)
+                self._adopted.add(model)
+
+    def _forward_of(self, model: Module) -> Callable[..., Any]:
+        method = type(model).forward
+
+        @functools.wraps(method)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run_model(model, method, args, kwargs)
+
+        return forward
 
     def run_model(self, model: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not model.post_process:
@@ -186,9 +206,12 @@ class FusedLoss(AbstractLoss):
         return True
 
     def close(self) -> None:
-        """Forget the weights, and that their gradients have to be zeroed."""
+        """Take back what was put on models and weights."""
+        for model in self._adopted:
+            del vars(model)["forward"]
         for weight in [*self._marked]:
             del weight.zero_out_wgrad
+        self._adopted.clear()
         self._marked.clear()
 
 
@@ -230,6 +253,10 @@ def _asks_for_loss(given: dict[str, Any]) -> bool:
     )
 
 
+def _models(chunks: Sequence[Module]) -> list[LanguageModule]:
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModule)]
+
+
 @functools.cache
 def _signature(method: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(method)
@@ -244,8 +271,8 @@ def _problems(model: Any) -> Iterator[str]:
     """Why the loss of a language model cannot be computed without logits."""
     config = model.config
     name = type(model).__name__
-    if not isinstance(model, GPTModel):
-        yield f"{name} computes its loss in a way of its own; only GPTModel and what is derived from it can do without"
+    if "labels" not in _signature(type(model).forward).parameters:
+        yield f"{name} computes its loss in a way of its own, without which only GPTModel and HybridModel can do"
         return
     overridden = type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss
     if overridden or "compute_language_model_loss" in vars(model):
