@@ -177,7 +177,7 @@ def swap_at_the_worst_time(name: str, policy: str) -> list[str]:
     from megamem.testing.pipeline import PipelineCase, train_pipeline
     from megamem.testing.streams import SimulatedDevice
 
-    case = PipelineCase(gpt=GptCase(**LLAMA, pp=2), steps=3)
+    case = PipelineCase(gpt=GptCase(**{**LLAMA, "layers": 2, "pp": 2}), num_microbatches=3)
     init_parallel(case.gpt)
     config = {"activations": {"policy": policy, "keep_last_layers": 0}}
     ours = train_pipeline(case, {"name": name}, config=config, device=SimulatedDevice(seed=1))
