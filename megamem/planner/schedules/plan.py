@@ -158,4 +158,7 @@ def _read(path: str, num_ranks: int, num_microbatches: int) -> Schedule:
 def _search(request: Request, chunk_counts: tuple[int, ...] | None, shapes: tuple[Shape, ...]) -> Schedule:
     from megamem.planner.schedules.search import CHUNK_COUNTS, search
 
-    return search(request, chunk_counts=chunk_counts or CHUNK_COUNTS, placements=shapes).schedule
+    # Whether activations go to host memory is the user's to say: it takes memory and links that no cost speaks of.
+    families = [name for name, family in FAMILIES.items() if not family.offloads]
+    counts = chunk_counts or CHUNK_COUNTS
+    return search(request, families=families, chunk_counts=counts, placements=shapes).schedule
