@@ -68,6 +68,17 @@ def test_a_peak_above_the_live_bytes_is_proven(kind: Callable[[], Solver], argum
     assert outcome.certificate
 
 
+def test_exact_peaks_are_the_least_of_all_offsets() -> None:
+    """Full at every instant, with fragmentation; one of these needs more than is ever live."""
+    above = 0
+    for seed in (*range(50), 212, 265):
+        problem = tight_problem(seed, capacity=8, steps=8, largest=5, dying=0.25)
+        outcome = ExactSolver().solve(problem)
+        assert (outcome.peak, outcome.is_optimal) == (least_peak(problem), True), seed
+        above += outcome.peak > 8
+    assert above == 1
+
+
 @pytest.mark.parametrize("kind", [AutoSolver, ExactSolver])
 @pytest.mark.parametrize("arguments", FRAGMENTED)
 def test_a_capacity_proven_too_small_is_explained(kind: type[Solver], arguments: dict[str, int]) -> None:
