@@ -1,4 +1,4 @@
-"""From a configuration to a checked schedule: what is auto is settled; what cannot be had is refused with the nearest."""
+"""From a configuration to a checked schedule: `auto` is settled, and what cannot be had is refused."""
 
 from __future__ import annotations
 
