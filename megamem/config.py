@@ -69,9 +69,8 @@ class Section:
     NAME: ClassVar[str]
     KEY: ClassVar[str]
     READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    HARMLESS: ClassVar[frozenset[tuple[str, str, object]]] = (
-        frozenset()
-    )  # (key, option, value) that say what is so anyway
+    # (key, option, value) that say what is so anyway
+    HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = ()
 
     def __post_init__(self) -> None:
         """Check every field of a section made in Python by the parser that reads files."""

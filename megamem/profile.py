@@ -114,7 +114,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _table(content: dict[str, Any]) -> str:
-    rows = [("", "F ms", "B ms", "W ms", "held after F", "held after B")]
+    rows: list[tuple[str, ...]] = [("", "F ms", "B ms", "W ms", "held after F", "held after B")]
     parts = (("layer", content["layers"][0]), ("embedding", content["first"]), ("output layer, loss", content["last"]))
     for name, cost in parts:
         times = [f"{cost[key]:.3f}" for key in ("forward", "backward", "weight")]

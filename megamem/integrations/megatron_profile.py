@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def profile_gpt(
     for name, ends in (("first stage", (True, False)), ("layer", (False, False)), ("last stage", (False, True))):
         stage = _GptStage(shape, config, *ends)
         with apply(patch.bound(stage) for patch in GROUPS["schedule"]):
-            costs.append(measure(stage, repetitions=repetitions, progress=lambda done, name=name: progress(name, done)))
+            costs.append(measure(stage, repetitions=repetitions, progress=partial(progress, name)))
         del stage
     first, middle, last = costs
     message = shape.seq_length * shape.micro_batch_size * shape.hidden_size * (2 if shape.bf16 else 4)
@@ -155,7 +156,7 @@ class _GptStage(AbstractSession):
 
     def parameters(self) -> Iterable[Tensor]:
         """The stage's weights."""
-        return self._model.parameters()
+        return list(self._model.parameters())
 
     def waiting(self) -> list[Tensor]:
         """Inputs and output gradients of the linear layers."""

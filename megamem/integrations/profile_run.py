@@ -42,7 +42,8 @@ def _groups(tensor_parallel: int) -> Iterator[None]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
         yield

@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +52,7 @@ def measure(
     times: list[tuple[float, float, float]] = []
     for repetition in range(WARM_UP + repetitions):
         forward, output = _timed(stage.forward, device)
-        backward, _ = _timed(lambda output=output: stage.backward(output), device)
+        backward, _ = _timed(partial(stage.backward, output), device)
         del output
         weight, _ = _timed(stage.weight, device)
         times.append((forward, backward, weight))
@@ -88,7 +89,7 @@ def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
         result = call()
         return 1e3 * (time.perf_counter() - start), result
     torch.cuda.synchronize(device)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     result = call()
     end.record()
