@@ -192,6 +192,7 @@ def main() -> None:
         counts = [results["records"][key] for key in ("front", "all")]
         met = not any(each["worse"] for each in counts) and all(each["better"] for each in counts)
         results["targets"].append({"what": "never worse than a record, better somewhere", "met": met})
+    arguments.records = arguments.records.name  # not a path of this machine
     write(arguments.out, "schedule_search", arguments, results)
 
 
