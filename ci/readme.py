@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,14 @@ def picture() -> str:
 
 def figures() -> str:
     """The tables of what was measured on the CPU."""
-    return "\n".join(
-        [*_retained(_read("retained_bytes.cpu.json")), "", *_bookkeeping(_read("bookkeeping.cpu.json")), ""]
+    parts = (
+        _retained(_read("retained_bytes.cpu.json")),
+        _bookkeeping(_read("bookkeeping.cpu.json")),
+        _published(_read("schedules.cpu.json")),
+        _searched(_read("schedule_search.cpu.json")),
+        _loop(_read("pipeline_loop.cpu.json")),
     )
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -191,8 +197,72 @@ def _bookkeeping(data: dict[str, Any]) -> list[str]:
             f"| microseconds added to a layer, forward and backward: {what} | {total['median']:.0f} "
             f"({total['min']:.0f} to {total['max']:.0f}) |"
         )
-    verdicts = [f"* {one['what']}: {'met' if one['met'] else '**not met**'}" for one in data["results"]["targets"]]
-    return [*lines, "", *verdicts]
+    return [*lines, "", *_verdicts(data)]
+
+
+def _verdicts(data: dict[str, Any]) -> list[str]:
+    lines = []
+    for one in data["results"]["targets"]:
+        where = one.get("exceptions") or {}
+        cells = (
+            ", ".join(f"{name} in {count} cells" for name, count in where.items()) if isinstance(where, dict) else ""
+        )
+        verdict = "met" if one["met"] else f"**not met**{f' ({cells})' if cells else ''}"
+        lines.append(f"* {one['what']}: {verdict}")
+    return lines
+
+
+def _published(data: dict[str, Any]) -> list[str]:
+    return [
+        "**What the simulator says of published schedules** (`python ci/bench/schedules.py`; exact, but for the times; "
+        f"{_where(data)}):",
+        "",
+        *_verdicts(data),
+    ]
+
+
+def _searched(data: dict[str, Any]) -> list[str]:
+    results = data["results"]
+    lines = [
+        "**What `auto` finds at the memory of V-Half**: its step time over V-Half's, for several numbers of microbatches "
+        f"and seven sets of costs (`python ci/bench/schedule_search.py`; simulated; {_where(data)}):",
+        "",
+        "| pipeline ranks | cells | median | best | worst |",
+        "|---|---|---|---|---|",
+    ]
+    rows = results["v_half"]["rows"]
+    for ranks in sorted({row["p"] for row in rows}):
+        values = sorted(row["ratio"] for row in rows if row["p"] == ranks)
+        middle = statistics.median(values)
+        lines.append(f"| {ranks} | {len(values)} | {middle:.3f} | {values[0]:.3f} | {values[-1]:.3f} |")
+    counts, large = results["records"]["all"], results["large"]
+    lines += [
+        "",
+        f"* records of published schedules, at no more memory: {counts['better']} beaten, {counts['equal']} equalled, "
+        f"{counts['worse']} not reached",
+        f"* p = {large['p']}, m = {large['m']}: {large['cpu_seconds']:.1f} s of processor time, within "
+        f"{100 * large['above_bound']:.1f} % of the lower bound",
+        *_verdicts(data),
+    ]
+    return lines
+
+
+def _loop(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "**What our loop costs** in place of Megatron's own function, for the same order, two CPU ranks "
+        f"(`python ci/bench/pipeline_loop.py`; {_where(data)}; median with quartiles):",
+        "",
+        "| | step time, ours / Megatron's | processor time |",
+        "|---|---|---|",
+    ]
+    for part, what in (("steps", "a small model"), ("overhead", "layers so small that only Python is left")):
+        for name, found in data["results"][part].items():
+            cells = [
+                f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
+                for ratio in (found["ratio"], found["ratio_cpu_time"])
+            ]
+            lines.append(f"| {name}, {what} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":
