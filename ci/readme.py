@@ -224,8 +224,8 @@ def _published(data: dict[str, Any]) -> list[str]:
 def _searched(data: dict[str, Any]) -> list[str]:
     results = data["results"]
     lines = [
-        "**What `auto` finds at the memory of V-Half**: its step time over V-Half's, for several numbers of microbatches "
-        f"and seven sets of costs (`python ci/bench/schedule_search.py`; simulated; {_where(data)}):",
+        "**What `auto` finds at the memory of V-Half**: its step time over V-Half's, at several numbers of microbatches"
+        f" and seven sets of costs (`python ci/bench/schedule_search.py`; simulated; {_where(data)}):",
         "",
         "| pipeline ranks | cells | median | best | worst |",
         "|---|---|---|---|---|",
