@@ -249,14 +249,15 @@ class Handle:
 
         To be asked for before the model runs; without the activation engine it puts hooks around every layer.
         """
-        engine_meter = EngineMeter(lambda: self.engine)
-        if self._session is None or self._session.schedule is None:
-            return engine_meter
-        layers: EngineMeter | ActivationMeter = engine_meter
+        layers: EngineMeter | ActivationMeter = EngineMeter(lambda: self.engine)
+        if self._session is None:
+            return layers
         if not self.config.activations.is_on:
             layers = ActivationMeter()
             applied = apply(patch.bound(MeterSession(layers)) for patch in GROUPS["activations.layers"])
             self._session.undo.append(applied.revert)
+        if self._session.schedule is None:
+            return layers
         meter = ScheduleMeter(layers, self._session.schedule.queue)
         self._session.schedule.observe = meter.observe
         return meter

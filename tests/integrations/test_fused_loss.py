@@ -235,6 +235,23 @@ def test_gradient_accumulation_fusion(dist: Dist, tied: bool) -> None:
     assert dist(1)(with_accumulation_fusion, tied) == [{}]
 
 
+def with_mup() -> dict[str, float] | None:
+    """Logits that Megatron scales between output layer and loss; None where it cannot."""
+    from megatron.core.transformer import TransformerConfig
+
+    if not hasattr(TransformerConfig, "use_mup"):
+        return None
+    options = {"use_mup": True, "mup_base_hidden_size": 16, "mup_output_mult": 0.25}
+    return far_from_stock({**SMALL, "config": options}, {}, None, "auto")
+
+
+def test_logits_scaled_by_mup(dist: Dist) -> None:
+    outcomes = dist(1)(with_mup)
+    if outcomes == [None]:
+        pytest.skip("Megatron-Core has muP since 0.18")
+    assert outcomes == [{}]
+
+
 def refusals() -> dict[str, str]:
     """What a first step says of models that do not go with it, before anything ran."""
     import torch
@@ -319,15 +336,19 @@ def gathered_output(pp: int) -> list[str]:
             )
         if model.post_process:
             model.output_layer.gather_output = True
+        if pp == 1:  # a model that is called outside a step
+            (other,) = build_gpt(case)
+            unwrap(other).output_layer.gather_output = True
+            said.append(error_of(lambda: other(batch.tokens, batch.positions, batch.mask, labels=batch.labels)))
         said.append(error_of(lambda: run_step(PipelineCase(gpt=case), chunks, 2, seed=0)))
     return said
 
 
 def test_gathered_output_and_wrong_labels_are_refused_on_every_rank(dist: Dist) -> None:
-    for call, labels, step in dist(2)(gathered_output, 1):
+    for call, labels, outside, step in dist(2)(gathered_output, 1):
         assert call.startswith("UnsupportedError: vocabulary.fused_loss: runtime_gather_output asks")
         assert labels.startswith("ValueError: 32 of 32 labels lie outside the vocabulary")
-        assert "parallel_output=False gathers the logits" in step
+        assert "parallel_output=False gathers the logits" in step and outside == step
     found = [text for (text,) in dist(4)(gathered_output, 2)]
     assert all(text.startswith("UnsupportedError: vocabulary.fused_loss: ") for text in found)
     assert ["parallel_output=False" in text for text in found] == [False, False, True, True]
@@ -383,9 +404,11 @@ def scaled_and_looked_at() -> tuple[Any, dict[str, str], str, list[bool]]:
     handle = enable({"vocabulary": {"fused_loss": True, "loss_chunk": 8}})
     chunks = build_gpt(case)
     layer = unwrap(chunks[0]).output_layer
+    meter = handle.meter()
     run_step(PipelineCase(gpt=case), chunks, 2, seed=0)
-    during = hasattr(layer.weight, "zero_out_wgrad")
+    during = hasattr(layer.weight, "zero_out_wgrad") and layer.weight.grad_added_to_main_grad
     report = str(handle.report())
+    assert meter.peak_bytes > 0  # of the layers, although the activation engine is off
     handle.disable()
     pending = PendingLogits(layer=layer, hidden=torch.ones(1), weight=layer.weight) * 0.5 * 0.5
     left = [during, hasattr(layer.weight, "zero_out_wgrad"), "forward" in vars(layer)]
