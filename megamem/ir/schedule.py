@@ -73,7 +73,7 @@ Barriers = Literal[1, 2]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 VOCABULARY: frozenset[Kind] = frozenset({"S", "T", "IF", "IB"})
-COMPUTE: frozenset[Kind] = frozenset({"F", "B", "W", "BW"}) | VOCABULARY
+COMPUTE: frozenset[Kind] = frozenset({"F", "B", "W", "BW", *VOCABULARY})
 COMMUNICATION: frozenset[Kind] = frozenset({"SEND_F", "RECV_F", "SEND_B", "RECV_B"})
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 

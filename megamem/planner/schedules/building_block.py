@@ -277,8 +277,18 @@ def _actions(events: Sequence[Event]) -> Iterator[Action]:
                 owed.append(Action("W", chunk, index))
 
 
+def delayed_block(block: Block, periods: int) -> Block:
+    """So many periods more between the forward and the backward passes."""
+    more = PERIOD * periods
+    return [(down, up, back + more, end + more) for down, up, back, end in block]
+
+
 def build_from_block(request: Request, name: str, block: Block) -> Schedule:
-    """The schedule of a block, with W placed by the request's costs within the memory that unit passes would take."""
+    """The schedule of a block, with W placed by the request's costs within the memory that unit passes would take.
+
+    `request.delay` is so many periods more between the forward and the backward passes of the block.
+    """
+    block = delayed_block(block, request.delay)
     placement = request.placement("v")
     costs = request.costs(placement)
     orders = unit_orders(block, request.num_microbatches)

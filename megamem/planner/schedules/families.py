@@ -24,6 +24,7 @@ from megamem.planner.schedules import (
     zb_v,
 )
 from megamem.planner.schedules.family import Family, Request
+from megamem.planner.schedules.vocabulary_passes import build_with_vocabulary
 
 _ALL: tuple[Family, ...] = (
     one_f_one_b.FAMILY,
@@ -49,7 +50,7 @@ FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
 
 def build_schedule(name: str, request: Request) -> Schedule:
-    """The schedule of the family `name` for a request.
+    """The schedule of the family `name` for a request, with vocabulary passes where it asks for them.
 
     Raises InfeasibleError, with the arithmetic and the nearest setting, where there is none.
     """
@@ -57,4 +58,4 @@ def build_schedule(name: str, request: Request) -> Schedule:
     if family is None:
         raise InfeasibleError(f"{name!r} is no schedule; there are {', '.join(FAMILIES)}")
     family.check(request)
-    return family.build(request)
+    return family.build(request) if request.vocabulary is None else build_with_vocabulary(family, request)

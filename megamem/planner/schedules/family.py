@@ -23,6 +23,7 @@ class Request:
     memory_limit:   activation memory that no rank may exceed, in the unit of the workload's `activation`; None for no
                     limit. Families that cannot keep a limit by construction are checked against it afterwards.
     vocabulary:     barriers of vocabulary parallelism (`ir.schedule`); None where the end stages have the embeddings
+    delay:          microbatches more than usual between F and B of the last stage, for families that say `delays`
     """
 
     num_ranks: int
@@ -32,6 +33,7 @@ class Request:
     workload: HasCosts = field(default_factory=Uniform)
     memory_limit: float | None = None
     vocabulary: Barriers | None = None
+    delay: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_microbatches", "num_chunks"):
@@ -67,6 +69,7 @@ class Family:
     uses_costs:     whether the order depends on the costs
     uses_limit:     whether the order is made to fit `Request.memory_limit`
     offloads:       whether it contains OFFLOAD and RELOAD actions
+    delays:         whether it makes schedules for `Request.delay`; others are delayed in the order of their passes
     """
 
     name: str
@@ -80,6 +83,7 @@ class Family:
     uses_costs: bool = False
     uses_limit: bool = False
     offloads: bool = False
+    delays: bool = False
 
     @property
     def default_chunks(self) -> int:

@@ -7,7 +7,7 @@ whose backward pass cannot be split.
 from __future__ import annotations
 
 from megamem.ir.schedule import Schedule
-from megamem.planner.schedules.building_block import PERIOD, Block, fused_orders
+from megamem.planner.schedules.building_block import PERIOD, Block, delayed_block, fused_orders
 from megamem.planner.schedules.family import Family, Request
 
 
@@ -31,11 +31,12 @@ def block(num_ranks: int) -> Block:
 
 def build(request: Request) -> Schedule:
     """The order, for any number of ranks and microbatches."""
+    lengthened = delayed_block(block(request.num_ranks), request.delay)
     return Schedule(
         name=FAMILY.name,
         placement=request.placement(FAMILY.shape),
         num_microbatches=request.num_microbatches,
-        ranks=tuple(map(tuple, fused_orders(block(request.num_ranks), request.num_microbatches))),
+        ranks=tuple(map(tuple, fused_orders(lengthened, request.num_microbatches))),
     )
 
 
@@ -46,4 +47,5 @@ FAMILY = Family(
     summary="two thirds of the memory of 1F1B on a V placement, without a split backward pass (arXiv 2405.15362)",
     min_chunks=2,
     max_chunks=2,
+    delays=True,
 )

@@ -29,4 +29,5 @@ FAMILY = Family(
     min_chunks=2,
     max_chunks=2,
     uses_costs=True,
+    delays=True,
 )
