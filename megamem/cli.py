@@ -127,6 +127,9 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     what.add_argument("--microbatches", metavar="M", type=int, help="microbatches per step and pipeline")
     what.add_argument("--chunks", metavar="V", type=int, help="model chunks per rank (default: the schedule's fewest)")
     what.add_argument("--group", metavar="G", type=int, help="microbatches per turn of a chunk (gis, interleaved)")
+    what.add_argument(
+        "--vocabulary", metavar="B", type=int, choices=(1, 2), help="vocabulary parallelism with 1 or 2 barriers"
+    )
     what.add_argument("--file", metavar="FILE", help="read the schedule from its text form instead")
     what.add_argument("--list", action="store_true", help="list the schedules and exit")
     costs = simulate.add_argument_group("costs")
@@ -136,6 +139,12 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     costs.add_argument("--comm", metavar="T", type=float, help="latency of a hop between ranks (default 0)")
     costs.add_argument(
         "--offload", metavar="T", type=float, help="time to copy the activation out, or back (default 0)"
+    )
+    costs.add_argument(
+        "--output-layer",
+        metavar="T",
+        type=float,
+        help="time of each of the output layer's three GEMMs: on the last stage, or shared by --vocabulary (default 0)",
     )
     costs.add_argument(
         "--costs", metavar="FILE", help="costs of every stage or layer, YAML or JSON, instead of all these"

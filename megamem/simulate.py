@@ -16,7 +16,7 @@ from typing import Any
 
 from megamem.errors import ConfigError, ScheduleError
 from megamem.ir.schedule import Schedule, order_text, parse_schedule
-from megamem.ir.workload import HasCosts, Uniform, parse_costs
+from megamem.ir.workload import HasCosts, StageCost, Uniform, parse_costs
 from megamem.options import Bytes, Invalid, Limit, suggestion
 from megamem.planner.schedules.checker import accumulates_in_order, check_schedule
 from megamem.planner.schedules.families import FAMILIES, build_schedule
@@ -31,6 +31,7 @@ from megamem.yamlfile import read_mapping
 AUTO = "auto"
 
 _DEFAULTS = {"forward": 1.0, "backward": 1.0, "weight": 1.0, "comm": 0.0, "offload": 0.0}
+_OUTPUT_LAYER = "output_layer"
 _TRACE_UNIT = 1000.0  # microseconds that one unit of cost becomes in a trace
 
 
@@ -80,9 +81,11 @@ _OF_FILE = "the unit of the costs file"
 
 def _workload(arguments: argparse.Namespace) -> tuple[HasCosts, str]:
     """The costs, and the unit of their memory."""
-    given = {name: getattr(arguments, name) for name in _DEFAULTS if getattr(arguments, name) is not None}
+    costs = (*_DEFAULTS, _OUTPUT_LAYER)
+    given = {name: getattr(arguments, name) for name in costs if getattr(arguments, name) is not None}
     amounts = {"activation": arguments.activation_bytes, "weight_grad": arguments.weight_grad_bytes}
-    flags = [*given, *(f"{name}-bytes".replace("_", "-") for name, amount in amounts.items() if amount is not None)]
+    flags = [name.replace("_", "-") for name in given]
+    flags += [f"{name}-bytes".replace("_", "-") for name, amount in amounts.items() if amount is not None]
     if arguments.costs is not None:
         if flags:
             raise ConfigError(f"--costs {arguments.costs} holds all costs; leave --{', --'.join(flags)} out")
@@ -92,16 +95,19 @@ def _workload(arguments: argparse.Namespace) -> tuple[HasCosts, str]:
             raise ConfigError(f"{arguments.costs}: {fault}") from None
     for name, value in given.items():
         if not 0 <= value < float("inf"):
-            raise ConfigError(f"--{name} {value:g}: a cost is a finite number, zero or more")
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: a cost is a finite number, zero or more")
+    ends: dict[str, Any] = {}
+    if (layer := given.pop(_OUTPUT_LAYER, None)) is not None:
+        ends["last"] = StageCost(forward=layer, backward=layer, weight=layer, activation=0.0, weight_grad=0.0)
     if amounts["activation"] is None:
         if amounts["weight_grad"] is not None:
             raise ConfigError("--weight-grad-bytes is a part of the activation; give --activation-bytes too")
-        return Uniform(**{**_DEFAULTS, **given}), _MICROBATCHES
+        return Uniform(**{**_DEFAULTS, **given}, **ends), _MICROBATCHES
     activation = _amount(amounts["activation"], "--activation-bytes")
     kept = activation if amounts["weight_grad"] is None else _amount(amounts["weight_grad"], "--weight-grad-bytes")
     if kept > activation:
         raise ConfigError(f"--weight-grad-bytes {kept:g} is a part of --activation-bytes {activation:g}; it is larger")
-    return Uniform(**{**_DEFAULTS, **given}, activation=activation, weight_grad=kept), _BYTES
+    return Uniform(**{**_DEFAULTS, **given}, **ends, activation=activation, weight_grad=kept), _BYTES
 
 
 def _amount(text: str, flag: str) -> float:
@@ -157,7 +163,10 @@ def _schedule(
         group=arguments.group,
         workload=workload,
         memory_limit=limit,
+        vocabulary=arguments.vocabulary,
     )
+    if name == AUTO and request.vocabulary is not None:
+        raise ConfigError(f"--vocabulary {request.vocabulary}: auto places no vocabulary passes; name a --schedule")
     if name == AUTO:
         return _search(arguments, request)
     chunks = FAMILIES[name].default_chunks if arguments.chunks is None else arguments.chunks
@@ -210,6 +219,7 @@ def _read(arguments: argparse.Namespace) -> Schedule:
         "microbatches": schedule.num_microbatches,
         "chunks": placement.num_chunks,
         "group": schedule.group,
+        "vocabulary": schedule.barriers,
     }
     for name, value in there.items():
         wanted = getattr(arguments, name)
@@ -249,13 +259,14 @@ def _write(path: str, text: str) -> None:
 def _record(shown: _Shown) -> dict[str, Any]:
     """What --json prints."""
     simulation, schedule = shown.simulation, shown.schedule
-    placement = schedule.placement
+    placement, share = schedule.placement, simulation.costs.vocabulary
     return {
         "schedule": schedule.name,
         "stages": placement.num_ranks,
         "microbatches": schedule.num_microbatches,
         "chunks": placement.num_chunks,
         "group": schedule.group,
+        **({} if schedule.barriers is None else {"barriers": schedule.barriers}),
         "placement": placement.shape,
         "makespan": _tidy(simulation.makespan),
         "stage_span": _tidy(simulation.stage_span),
@@ -269,6 +280,7 @@ def _record(shown: _Shown) -> dict[str, Any]:
         "costs": {
             "comm": simulation.costs.comm,
             "stages": [{key: _tidy(value) for key, value in asdict(cost).items()} for cost in simulation.costs.stages],
+            **({} if share is None else {"vocabulary": {key: _tidy(value) for key, value in share.given().items()}}),
         },
         **({"front": list(shown.front)} if shown.front else {}),
         "order": [order_text(actions) for actions in schedule.ranks],
@@ -284,7 +296,11 @@ def _title(schedule: Schedule) -> str:
     placement = schedule.placement
     chunks = f" x {placement.num_chunks} chunks ({placement.shape})" if placement.num_chunks > 1 else ""
     group = f", groups of {schedule.group}" if schedule.group is not None else ""
-    return f"{schedule.name}: {placement.num_ranks} ranks{chunks}, {schedule.num_microbatches} microbatches{group}"
+    sharing = ""
+    if schedule.barriers is not None:
+        sharing = f", vocabulary parallel ({schedule.barriers} barrier{'s' * (schedule.barriers > 1)})"
+    count = schedule.num_microbatches
+    return f"{schedule.name}: {placement.num_ranks} ranks{chunks}, {count} microbatches{group}{sharing}"
 
 
 def _caption(shown: _Shown) -> str:

@@ -107,6 +107,10 @@ class VocabularyCost:
             if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0):
                 raise ScheduleError(f"{item.name}: a cost is a number, zero or more, not {value!r}")
 
+    def given(self) -> dict[str, float]:
+        """The fields that are set, as in a costs file."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
     def seconds(self, kind: Kind, barriers: Barriers) -> float:
         """Time of an S, T, IF or IB."""
         if kind == "S":
@@ -176,7 +180,7 @@ class PipelineCosts:
         """The content of a costs file."""
         content = {"stages": [asdict(stage) for stage in self.stages], "comm": self.comm}
         if self.vocabulary is not None:
-            content["vocabulary"] = _given(self.vocabulary)
+            content["vocabulary"] = self.vocabulary.given()
         return content
 
 
@@ -277,11 +281,6 @@ def _with_embeddings(
     stages[0] += first
     stages[-1] += last
     return replace(bare, stages=tuple(stages))
-
-
-def _given(cost: VocabularyCost) -> dict[str, float]:
-    """The fields that are set."""
-    return {key: value for key, value in asdict(cost).items() if value is not None}
 
 
 def parse_costs(content: Mapping[str, Any]) -> PipelineCosts | Workload:

@@ -24,6 +24,8 @@ _NAMES: Mapping[Kind, str] = {
     "BW": "backward",
     "S": "vocabulary S",
     "T": "vocabulary T",
+    "IF": "input embedding",
+    "IB": "gradient of the input embedding",
     "OFFLOAD": "offload",
     "RELOAD": "reload",
 }

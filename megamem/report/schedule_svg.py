@@ -24,6 +24,8 @@ _COLOURS: dict[Kind, str] = {
     "BW": "#009e73",
     "S": "#cc79a7",
     "T": "#d55e00",
+    "IF": "#f0e442",
+    "IB": "#f0e442",
     "OFFLOAD": "#777777",
     "RELOAD": "#bbbbbb",
 }
@@ -34,6 +36,8 @@ _LEGEND: dict[Kind, str] = {
     "BW": "BW backward, undivided",
     "S": "S vocabulary",
     "T": "T vocabulary",
+    "IF": "IF input embedding",
+    "IB": "IB its gradient",
     "OFFLOAD": "offload",
     "RELOAD": "reload",
 }

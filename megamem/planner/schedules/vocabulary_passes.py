@@ -15,7 +15,7 @@ Several delays are run, then several rules with the best of them. What is quicke
 of what is as quick (within 0.1 %) what needs least memory. Without a limit the memory is at most that of the paper: one
 microbatch more than the family's for each barrier, and what S leaves for T for the microbatches between the two.
 
-F, B and W stay in the order of the family; but where W is apart from B, it may run where a rank waits.
+F, B and W stay in the order of the family; but where every W is apart from its B, it may run where a rank waits.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def insert_vocabulary(bases: Iterable[Schedule], request: Request) -> Schedule:
     found = [each for run in runs for lag in lags if (each := run.insert(Rules(_ANY, lag), allowed)) is not None]
     chosen = _best(found, allowed)
     refined = next(run for run in runs if run.schedule is chosen.base)
-    floats = (False, True) if chosen.base.splits_backward else (False,)
+    floats = (False, True) if refined.may_float else (False,)
     rules = [Rules(before, lag, each) for before in (_ANY, _FORWARD, _BACKWARD) for lag in lags for each in floats]
     found += [each for rule in rules[len(lags) :] if (each := refined.insert(rule, allowed)) is not None]
     chosen = _best(found, allowed)
@@ -174,6 +174,11 @@ class _Base:
         self.schedule, self.barriers = schedule, request.vocabulary or 1
         self.costs = request.costs(schedule.placement)
         self.bare = [[action for action in actions if action.kind != "W"] for actions in schedule.ranks]
+
+    @property
+    def may_float(self) -> bool:
+        """Whether W can leave its place: beside a BW of its chunk it could not keep the order of accumulation."""
+        return self.schedule.splits_backward and all(action.kind != "BW" for _, action in self.schedule)
 
     def usual_limit(self) -> float:
         """The memory of the schedule as it is, and what the paper adds."""
