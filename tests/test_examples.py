@@ -195,6 +195,18 @@ def wait_for(job: subprocess.Popen[str], text: str) -> None:
     pytest.fail("the job ended early:\n" + "".join(seen[-40:]))
 
 
+@pytest.mark.slow
+@pytest.mark.megatron
+def test_a_corpus_too_small_for_its_split_is_refused(tmp_path: Path) -> None:
+    """Megatron would look for samples in the empty part for ever."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "one.txt").write_text("a single document")
+    data = ["--data-text", tmp_path / "text", "--data-cache-path", tmp_path / "cache"]
+    size = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--seq-length", 16, "--train-iters", 1]
+    output = run(1, *data, *size, status=1)
+    assert "the corpus has 1 documents, and --split 95,5 leaves none for validation" in output
+
+
 class TestPipelineSchedules:
     """The same training on four pipeline ranks, whatever the schedule and wherever it places the layers."""
 

@@ -50,11 +50,23 @@ def build_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    _check_split(prefix, config)
     sizes = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     if args.eval_iters and valid is None:
         raise SystemExit("pretrain_gpt.py: error: the corpus is too small for a validation split; change --split")
     return train, valid
+
+
+def _check_split(prefix: str, config: GPTDatasetConfig) -> None:
+    """Refuse a corpus that leaves a part without documents: Megatron would look for samples in it for ever."""
+    count = GPTDataset.numel_low_level_dataset(GPTDataset.build_low_level_dataset(prefix, config))
+    for part, bounds in zip(("training", "validation", "testing"), config.split_matrix, strict=True):
+        if bounds is not None and round(bounds[0] * count) == round(bounds[1] * count):
+            raise SystemExit(
+                f"pretrain_gpt.py: error: the corpus has {count} documents, and --split {config.split} leaves none for "
+                f"{part}; give it more documents, or change --split (1,0 for training alone)"
+            )
 
 
 def microbatches(dataset: Any, args: argparse.Namespace, consumed: int) -> Iterator[Batch]:
