@@ -13,13 +13,14 @@ from pathlib import Path
 
 from megamem.config import Scheduling
 from megamem.errors import ConfigError, InfeasibleError, ScheduleError
-from megamem.ir.schedule import SHAPES, Schedule, Shape, parse_schedule
+from megamem.ir.schedule import SHAPES, Barriers, Schedule, Shape, parse_schedule
 from megamem.ir.workload import HasCosts, PipelineCosts, Uniform, parse_costs
 from megamem.planner.schedules.checker import check_schedule
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Request
 from megamem.planner.schedules.passes import strip_communication
 from megamem.planner.schedules.simulator import Simulation, simulate
+from megamem.planner.schedules.vocabulary_passes import delayed, delays, insert_vocabulary
 from megamem.yamlfile import read_mapping
 
 
@@ -40,12 +41,14 @@ def plan_schedule(
     num_chunks: int | None = None,
     num_layers: int | None = None,
     shapes: tuple[Shape, ...] = SHAPES,
+    vocabulary: Barriers | None = None,
 ) -> PlannedSchedule:
     """The schedule that `options` ask for, on `num_ranks` pipeline ranks.
 
     num_chunks: chunks per rank of the model, where it is built already; None leaves it to the options
     num_layers: of the model, which chunks divide evenly; None where that is no matter
     shapes:     the placements that the model can still have
+    vocabulary: barriers of vocabulary parallelism; None where the end stages have the embeddings
 
     Raises InfeasibleError where there is no such schedule, ScheduleError where a schedule of the user's own is wrong,
     ConfigError where a file is not what it should be.
@@ -57,9 +60,12 @@ def plan_schedule(
         group=None if options.group == "auto" else options.group,
         workload=load_workload(options.costs),
         memory_limit=limit,
+        vocabulary=vocabulary,
     )
     if options.name == "file":
-        schedule = _read(options.file, num_ranks, num_microbatches)
+        schedule = _with_passes(_read(options.file, num_ranks, num_microbatches), request)
+    elif options.name == "auto" and vocabulary is not None:
+        raise InfeasibleError("schedule auto places no vocabulary passes; nearest: schedule gis (or 1f1b, v-half, ...)")
     elif options.name == "auto":
         schedule = _search(request, _possible_chunks(options, num_ranks, num_chunks, num_layers), shapes)
     else:
@@ -153,6 +159,19 @@ def _read(path: str, num_ranks: int, num_microbatches: int) -> Schedule:
             f"{path}: written for {there[0]} ranks and {there[1]} microbatches, this run has {here[0]} and {here[1]}"
         )
     return schedule
+
+
+def _with_passes(schedule: Schedule, request: Request) -> Schedule:
+    """A schedule of the user's with vocabulary passes, its own or inserted ones, if they are wanted."""
+    if schedule.shards_vocabulary:
+        if (schedule.barriers or 1) != request.vocabulary:
+            wanted = "no vocabulary parallelism" if request.vocabulary is None else f"{request.vocabulary} barrier(s)"
+            raise InfeasibleError(f"schedule {schedule.name} has {schedule.barriers or 1} barrier(s), the run {wanted}")
+        return schedule
+    if request.vocabulary is None:
+        return schedule
+    fitting = request.with_chunks(schedule.placement.num_chunks)
+    return insert_vocabulary((delayed(schedule, forwards) for forwards in delays(fitting)), fitting)
 
 
 def _search(request: Request, chunk_counts: tuple[int, ...] | None, shapes: tuple[Shape, ...]) -> Schedule:

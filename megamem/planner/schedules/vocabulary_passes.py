@@ -69,11 +69,15 @@ def build_with_vocabulary(family: Family, request: Request) -> Schedule:
     Raises InfeasibleError for a memory limit that is too low, and for families that place copies by time.
     """
     if family.offloads:
-        raise InfeasibleError(
-            f"{family.name} places copies to the host by time, before there are vocabulary passes; nearest: gis-h with "
-            "vocabulary parallelism, or this one without"
-        )
+        raise _with_copies(family.name)
     return insert_vocabulary(_bases(family, request), request)
+
+
+def _with_copies(name: str) -> InfeasibleError:
+    return InfeasibleError(
+        f"{name} places copies to the host by time, before there are vocabulary passes; nearest: gis-h with vocabulary "
+        "parallelism, or this one without"
+    )
 
 
 def layers_only(request: Request) -> Request:
@@ -84,8 +88,12 @@ def layers_only(request: Request) -> Request:
 def insert_vocabulary(bases: Iterable[Schedule], request: Request) -> Schedule:
     """The best of schedules of F, B, W and BW, the first of which sets the memory, with vocabulary passes.
 
-    Raises InfeasibleError, with the least limit that works, where none is within `request.memory_limit`.
+    Raises InfeasibleError, with the least limit that works, where none is within `request.memory_limit`, and for
+    schedules with copies to the host.
     """
+    bases = list(bases)
+    if any(action.kind == "OFFLOAD" for _, action in bases[0]):
+        raise _with_copies(bases[0].name)
     runs = [_Base(base, request) for base in bases]
     limit = request.memory_limit
     allowed = runs[0].usual_limit() if limit is None else limit

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megamem.cli import main
+from megamem.config import Scheduling
 from megamem.errors import InfeasibleError, ScheduleError
-from megamem.ir.schedule import Action, Barriers, Placement, Schedule, parse_schedule
+from megamem.ir.schedule import Action, Barriers, Placement, Schedule, Shape, parse_schedule
 from megamem.ir.workload import PipelineCosts, StageCost, Uniform, VocabularyCost
 from megamem.planner.schedules.checker import accumulates_in_order, check_schedule, find_problems
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Family, Request
+from megamem.planner.schedules.forward_order import forward_order
 from megamem.planner.schedules.passes import add_communication, forward_only
+from megamem.planner.schedules.plan import plan_schedule
 from megamem.planner.schedules.simulator import simulate
 from megamem.planner.schedules.vocabulary_dispatch import AHEAD, Dispatch, Rules
 from megamem.planner.schedules.vocabulary_passes import delayed
@@ -312,3 +318,55 @@ def test_delayed_lists_keep_their_actions() -> None:
 def test_an_evaluation_keeps_what_makes_the_loss() -> None:
     schedule = build_schedule("1f1b", Request(num_ranks=2, num_microbatches=3, workload=MODEL, vocabulary=2))
     assert {action.kind for _, action in forward_only(schedule)} == {"IF", "F", "S"}
+
+
+@pytest.mark.parametrize("shape", ["round-robin", "v"])
+@pytest.mark.parametrize(("ranks", "chunks", "microbatches"), [(1, 1, 2), (2, 2, 3), (4, 1, 1), (3, 2, 7)])
+def test_a_forward_only_step_embeds_first_and_ends_with_the_loss(
+    shape: Shape, ranks: int, chunks: int, microbatches: int
+) -> None:
+    placement = Placement(shape=shape, num_ranks=ranks, num_chunks=chunks)
+    plain, shared = (forward_order(placement, microbatches, vocabulary=each) for each in (False, True))
+    for before, after in zip(plain.ranks, shared.ranks, strict=True):
+        assert [action for action in after if action.kind == "F"] == list(before)
+        for kind in ("IF", "S"):
+            assert [a.microbatch for a in after if a.kind == kind] == list(range(microbatches))
+    assert simulate(shared, MODEL).makespan > 0  # it runs to its end
+
+
+def test_a_plan_has_the_passes_that_the_run_wants(tmp_path: Path) -> None:
+    def plan(name: str, vocabulary: Barriers | None, **options: str) -> Schedule:
+        wanted = Scheduling(name=name, **options)
+        return plan_schedule(wanted, num_ranks=2, num_microbatches=6, vocabulary=vocabulary).schedule
+
+    assert plan("1f1b", 2).barriers == 2
+    assert plan("1f1b", None).barriers is None
+    with pytest.raises(InfeasibleError, match="nearest: schedule gis"):
+        plan("auto", 1)
+    path = tmp_path / "mine.txt"
+    path.write_text(plan("1f1b", None).to_text(), encoding="utf-8")
+    assert plan("file", 1, file=str(path)).barriers == 1
+    assert plan("file", None, file=str(path)).barriers is None
+    path.write_text(plan("1f1b", 2).to_text(), encoding="utf-8")
+    assert plan("file", 2, file=str(path)).barriers == 2
+    for other in (1, None):
+        with pytest.raises(InfeasibleError, match="has 2 barrier"):
+            plan("file", other, file=str(path))
+
+
+def test_simulate_prices_a_schedule_with_and_without_vocabulary_parallelism(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = "simulate --schedule gis --stages 4 --microbatches 16 --output-layer 1.5 --json".split()  # noqa: SIM905
+    figures = []
+    for flags in ([], ["--vocabulary", "1"], ["--vocabulary", "2", "--svg", str(tmp_path / "x.svg")]):
+        assert main([*command, *flags]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    baseline, one, two = figures
+    assert "barriers" not in baseline
+    assert [one["barriers"], two["barriers"]] == [1, 2]
+    assert max(one["makespan"], two["makespan"]) < 0.7 * baseline["makespan"]
+    assert one["costs"]["vocabulary"]["logits"] == 0.375
+    assert "S vocabulary" in (tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert main([*command[:2], "auto", *command[3:], "--vocabulary", "1"]) != 0
+    assert "name a --schedule" in capsys.readouterr().err
