@@ -22,6 +22,7 @@ NAMES = (
     "quickstart",
     "schedules",
     "schedule_search",
+    "vocabulary_schedules",
     "linear_cross_entropy",
     "pipeline_loop",
     "allocation_solvers",
@@ -117,6 +118,17 @@ def test_allocation_solvers(tmp_path: Path) -> None:
         assert all(found["peak"] >= trace["lower_bound"] for found in trace["solvers"].values())
         assert trace["levels"]["lower_bound_ratio"] >= 1.0
     assert not [target["what"] for target in results["targets"] if not target["met"]]
+
+
+def test_vocabulary_schedules(tmp_path: Path) -> None:
+    results = run("vocabulary_schedules", tmp_path / "out.json")
+    assert not [target["what"] for target in results["targets"] if not target["met"]]
+    for row in results["rows"]:
+        for name in ("vocab-1", "vocab-2"):
+            assert 0 < row["baseline"]["speed"] < row[name]["speed"] < 1
+            assert 1 <= row[name]["overhead"] < 1.3
+    largest = [row for row in results["rows"] if row["vocabulary"] == 262144]
+    assert all(row["baseline"]["speed"] < 0.6 * row["vocab-2"]["speed"] for row in largest)
 
 
 def test_bookkeeping(tmp_path: Path) -> None:

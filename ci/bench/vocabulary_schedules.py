@@ -167,9 +167,11 @@ def targets(rows: list[Json]) -> list[Json]:
     bent = {where: value for where, value in bent.items() if value > 1.02}
     full = {said(row, name): row[name]["extra"] for row in rows for name in names}
     full = {where: value for where, value in full.items() if value > (2.3 if "vocab-1" in where else 1.3)}
-    ends = [row for row in rows if row["published"] is not None and row["vocabulary"] == VOCABULARIES[-1]]
-    off = {said(row, "baseline"): [1 / row["baseline"]["flatness"], row["published"]] for row in ends}
-    off = {where: pair for where, pair in off.items() if pair[0] > 0.65}
+    lost = {
+        said(row, "baseline"): [1 / row["baseline"]["flatness"], row["published"]]
+        for row in published if row["published"] is not None
+    }  # fmt: skip
+    off = {where: pair for where, pair in lost.items() if abs(pair[0] / pair[1] - 1) > 0.05}
     return [
         {
             "what": "time per model FLOP grows by at most 2 %, counted as in the paper",
@@ -179,7 +181,7 @@ def targets(rows: list[Json]) -> list[Json]:
             "what": "peak at most +2 (vocab-1), +1 (vocab-2) microbatches and what S keeps",
             "exceptions": full, "met": not full,
         },
-        {"what": "the baseline loses as published (to about half its speed)", "exceptions": off, "met": not off},
+        {"what": "the baseline loses as published, within 5 %", "exceptions": off, "met": not off},
     ]  # fmt: skip
 
 
