@@ -20,6 +20,7 @@ F, B and W stay in the order of the family; but where every W is apart from its 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
@@ -70,7 +71,9 @@ def build_with_vocabulary(family: Family, request: Request) -> Schedule:
     """
     if family.offloads:
         raise _with_copies(family.name)
-    return insert_vocabulary(_bases(family, request), request)
+    bases = list(_bases(family, request))
+    narrow = _narrow_bases(family, request) if family.uses_limit and request.memory_limit is not None else ()
+    return insert_vocabulary(bases, request, narrow=narrow)
 
 
 def _with_copies(name: str) -> InfeasibleError:
@@ -85,8 +88,10 @@ def layers_only(request: Request) -> Request:
     return replace(request, vocabulary=None, workload=Layers(workload=request.workload), memory_limit=None)
 
 
-def insert_vocabulary(bases: Iterable[Schedule], request: Request) -> Schedule:
+def insert_vocabulary(bases: Iterable[Schedule], request: Request, *, narrow: Iterable[Schedule] = ()) -> Schedule:
     """The best of schedules of F, B, W and BW, the first of which sets the memory, with vocabulary passes.
+
+    narrow: further ones, made for the memory limit
 
     Raises InfeasibleError, with the least limit that works, where none is within `request.memory_limit`, and for
     schedules with copies to the host.
@@ -94,12 +99,16 @@ def insert_vocabulary(bases: Iterable[Schedule], request: Request) -> Schedule:
     bases = list(bases)
     if any(action.kind == "OFFLOAD" for _, action in bases[0]):
         raise _with_copies(bases[0].name)
-    runs = [_Base(base, request) for base in bases]
+    plain = [_Base(base, request) for base in bases]
+    runs = [*plain, *(_Base(base, request) for base in narrow)]
     limit = request.memory_limit
     allowed = runs[0].usual_limit() if limit is None else limit
     ranks = request.num_ranks
     lags = (0, ranks) if request.vocabulary == 1 else (0,)
     found = [each for run in runs for lag in lags if (each := run.insert(Rules(_ANY, lag), allowed)) is not None]
+    # With T as soon as it may run, whatever the limit: what is lean enough for one limit is so for all above it.
+    lean = [each for run in plain if limit is not None and (each := run.insert(Rules(_ANY), 0.0)) is not None]
+    found += lean
     chosen = _best(found, allowed)
     refined = next(run for run in runs if run.schedule is chosen.base)
     floats = (False, True) if refined.may_float else (False,)
@@ -107,7 +116,7 @@ def insert_vocabulary(bases: Iterable[Schedule], request: Request) -> Schedule:
     found += [each for rule in rules[len(lags) :] if (each := refined.insert(rule, allowed)) is not None]
     chosen = _best(found, allowed)
     if limit is not None and chosen.peak > limit * ROUNDING:
-        base, least = chosen.base, at_least(chosen.peak)
+        base, least = chosen.base, at_least(min(each.peak for each in lean))
         raise InfeasibleError(
             f"{base.name} with vocabulary parallelism: {ranks} ranks with {base.placement.num_chunks} chunks each hold "
             f"activations of up to {least} with {base.num_microbatches} microbatches and {request.vocabulary} "
@@ -141,23 +150,25 @@ def _delayed(actions: Sequence[Action], forwards: int) -> Iterator[Action]:
 
 
 def _bases(family: Family, request: Request) -> Iterator[Schedule]:
-    """The family's schedules with several delays; where it looks at the limit, also with room for them in the limit."""
+    """The family's schedules with several delays."""
     plain = layers_only(request)
     if family.delays:
         for periods in range((request.vocabulary or 1) + 1):
             yield family.build(replace(plain, delay=periods))
-        return
-    base = family.build(plain)
+    else:
+        base = family.build(plain)
+        for forwards in delays(request):
+            yield delayed(base, forwards)
+
+
+def _narrow_bases(family: Family, request: Request) -> Iterator[Schedule]:
+    """The same, each made for the memory limit less what the delay takes."""
+    plain = layers_only(request)
+    stages = plain.costs(plain.placement(family.shape)).stages
     for forwards in delays(request):
-        yield delayed(base, forwards)
-        if family.uses_limit and request.memory_limit is not None:
-            costs = plain.costs(base.placement)
-            room = forwards * max(stage.activation for stage in costs.stages)
-            try:
-                narrow = family.build(replace(plain, memory_limit=max(0.0, request.memory_limit - room)))
-            except InfeasibleError:
-                continue
-            yield delayed(narrow, forwards)
+        room = (request.memory_limit or 0.0) - forwards * max(stage.activation for stage in stages)
+        with contextlib.suppress(InfeasibleError):
+            yield delayed(family.build(replace(plain, memory_limit=max(0.0, room))), forwards)
 
 
 def _best(found: Sequence[_Candidate], limit: float) -> _Candidate:

@@ -279,16 +279,21 @@ def test_the_bubble_is_no_longer_than_without_an_output_layer(name: str, barrier
     assert shared.makespan < 0.65 * baseline.makespan
 
 
-def test_a_memory_limit_is_kept_and_the_nearest_one_named() -> None:
-    for name in ("1f1b", "gis", "v-half"):
-        chunks = FAMILIES[name].min_chunks
-        request = Request(num_ranks=4, num_microbatches=12, num_chunks=chunks, workload=MODEL, vocabulary=2)
-        with pytest.raises(InfeasibleError, match="nearest: ") as caught:
-            build_schedule(name, replace(request, memory_limit=0.5))
-        least = float(str(caught.value).rpartition("nearest: ")[2])
-        for limit in (least, least + 0.5, least + 4):
-            schedule = build_schedule(name, replace(request, memory_limit=limit))
-            check_schedule(schedule, costs=MODEL, memory_limit=limit)
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if not f.offloads], ids=lambda family: family.name)
+def test_a_memory_limit_is_kept_and_the_nearest_one_named(family: Family) -> None:
+    least_microbatches = family.min_microbatches(
+        Request(num_ranks=4, num_microbatches=1, num_chunks=family.min_chunks)
+    )  # fmt: skip
+    request = Request(
+        num_ranks=4, num_microbatches=max(9, least_microbatches), num_chunks=family.min_chunks, workload=MODEL,
+        vocabulary=2,
+    )  # fmt: skip
+    with pytest.raises(InfeasibleError, match="nearest: ") as caught:
+        build_schedule(family.name, replace(request, memory_limit=0.5))
+    least = float(str(caught.value).rpartition("nearest: ")[2])
+    for limit in (least, least * 1.1, least + 2):
+        schedule = build_schedule(family.name, replace(request, memory_limit=limit))
+        check_schedule(schedule, costs=MODEL, memory_limit=limit)
 
 
 def test_more_memory_is_never_slower() -> None:
