@@ -30,7 +30,7 @@ from megamem.errors import ConfigError, MissingPackage, NotLiveError, Unsupporte
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
-from megamem.integrations.megatron_schedule import MegatronSchedule, offloads
+from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, plan_ahead
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
 from megamem.integrations.report import ActivationReport, Report, VocabularyReport
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
@@ -38,6 +38,7 @@ from megamem.integrations.vocabulary import FusedLoss, refuse
 from megamem.patches import GROUPS
 from megamem.patches.registry import Applied, apply
 from megamem.planner.activations import plan_activations
+from megamem.planner.schedules.plan import PlannedSchedule
 from megamem.runtime.activations.engine import ActivationEngine
 from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.streams import AbstractDevice, HostDevice
@@ -62,8 +63,9 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
         raise MissingPackage('megamem.enable needs megatron-core; pip install "megamem[train]"') from error
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("call megamem.enable after megatron.core.parallel_state.initialize_model_parallel")
+    planned = plan_ahead(loaded.schedule) if loaded.schedule.is_on else None  # before the first collective
     host_nbytes = _agreed_host_memory(loaded, parallel_state) if loaded.activations.is_on else 0
-    session = Session(loaded, host_nbytes, device)
+    session = Session(loaded, host_nbytes, device, planned)
     wanted = dict.fromkeys(patch for name in loaded.enabled for patch in GROUPS[name])  # groups share patches
     patches = [patch.bound(session) for patch in wanted]
     if session.schedule is not None and session.schedule.placement is not None:
@@ -102,10 +104,14 @@ def _least(number: int, group: Any) -> int:
 class Session(AbstractSession):
     """What Megatron's patched functions call."""
 
-    def __init__(self, config: Config, host_nbytes: int, device: AbstractDevice | None) -> None:
+    def __init__(
+        self, config: Config, host_nbytes: int, device: AbstractDevice | None, planned: PlannedSchedule | None = None
+    ) -> None:
         self.config, self.host_nbytes = config, host_nbytes
         self.engine: ActivationEngine | None = None
-        self.schedule = MegatronSchedule.of(config.schedule, _agreed_name()) if config.schedule.is_on else None
+        self.schedule: MegatronSchedule | None = None
+        if config.schedule.is_on:
+            self.schedule = MegatronSchedule.of(config.schedule, planned, _agreed_name())
         self.loss = FusedLoss(config.vocabulary) if config.vocabulary.is_on else None
         self._trace_writer = TraceWriter(config.schedule.trace) if config.schedule.trace != "none" else None
         self._device = device

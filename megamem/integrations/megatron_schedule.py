@@ -115,12 +115,13 @@ class MegatronSchedule:
         self._chunks: list[weakref.ref[Module]] = []
 
     @classmethod
-    def of(cls, options: Scheduling, name: str) -> MegatronSchedule:
+    def of(cls, options: Scheduling, planned: PlannedSchedule | None, name: str) -> MegatronSchedule:
         """For a model that is about to be built: with a V placement if the schedule asked for is made for one.
 
-        `name` is the same on all ranks of the job, and no earlier one's: connections are found by it.
+        `planned` is what `plan_ahead` gave. `name` is the same on all ranks of the job, and no earlier one's:
+        connections are found by it.
         """
-        return cls(options, VPlacement() if _shape(options) == "v" else None, name)
+        return cls(options, VPlacement() if _shape(options, planned) == "v" else None, name)
 
     @property
     def planned(self) -> PlannedSchedule | None:
@@ -269,20 +270,26 @@ class MegatronSchedule:
             raise PipelineError(first) from error
 
 
-def _shape(options: Scheduling) -> Shape:
-    """The placement that a schedule is made for.
+def plan_ahead(options: Scheduling) -> PlannedSchedule | None:
+    """The schedule of the steps to come, where the trainer has told Megatron how many microbatches they have.
 
-    `auto` is planned ahead where the trainer has said how many microbatches a step has; else it leaves the layers where
-    Megatron puts them.
+    So that what cannot be had is refused before the model is built, and before anything is sent. Raises as
+    `plan_schedule`, on every rank alike.
     """
-    if options.name == "auto":
-        num_ranks = parallel_state.get_pipeline_model_parallel_world_size()
-        num_microbatches = compat.num_microbatches()
-        if num_microbatches is None or num_ranks == 1:
-            return "round-robin"
-        chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-        planned = plan_schedule(options, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=chunks)
+    num_ranks = parallel_state.get_pipeline_model_parallel_world_size()
+    num_microbatches = compat.num_microbatches()
+    if num_microbatches is None or num_ranks == 1:
+        return None
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    return plan_schedule(options, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=chunks)
+
+
+def _shape(options: Scheduling, planned: PlannedSchedule | None) -> Shape:
+    """The placement that a schedule is made for; unplanned, `auto` leaves the layers where Megatron puts them."""
+    if planned is not None:
         return planned.schedule.placement.shape
+    if options.name == "auto":
+        return "round-robin"
     return load_schedule(options.file).placement.shape if options.name == "file" else FAMILIES[options.name].shape
 
 

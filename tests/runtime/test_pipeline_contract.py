@@ -69,7 +69,7 @@ def test_an_order_of_ones_own(dist: Dist, tmp_path: Path, ranks: str) -> None:
         (
             "rank 0: 0F0 0F1 0F2 0F3 0S0 0S1 0S2 0S3 0T0 0T1 0T2 0T3 0BW0 0BW1 0BW2 0BW3\n"
             "rank 1: 0F0 0F1 0F2 0F3 0S0 0S1 0S2 0S3 0T0 0T1 0T2 0T3 0BW0 0BW1 0BW2 0BW3\n",
-            "ScheduleError",
+            "InfeasibleError",
         ),
     ],
     ids=["without W", "vocabulary passes"],
@@ -353,3 +353,47 @@ def test_measured_times_are_those_of_the_schedule(dist: Dist) -> None:
             assert all(a.end <= b.start for a, b in itertools.pairwise(mine))
         forward = {row.rank: row for row in rows if str(row.action) == "0F0"}
         assert forward[0].end <= forward[1].start + 0.1  # clocks of one machine
+
+
+def ahead(schedule: Fields, num_microbatches: int | None) -> str:
+    """What `enable` says of a schedule when the trainer has, or has not, told Megatron how long a step is."""
+    import torch.distributed
+    from megatron.core import num_microbatches_calculator as calculator
+
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing.models import GptCase, init_parallel
+    from megamem.testing.trials import error_of
+
+    init_parallel(GptCase(pp=2, vpp=2))
+    if num_microbatches is not None:
+        calculator.init_num_microbatches_calculator(0, None, num_microbatches, 1, 1)
+    # A rank that refuses must not have begun a collective: here nobody would join it.
+    alone = torch.distributed.get_rank() == 0
+
+    def switch_on() -> None:
+        if alone or num_microbatches is None:
+            enable({"schedule": schedule}).disable()
+
+    try:
+        return error_of(switch_on)
+    finally:
+        if num_microbatches is not None:
+            calculator.destroy_num_microbatches_calculator()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        ({"name": "gis", "group": 5}, "gis on 2 ranks works with groups of"),
+        ({"name": "zb-h1"}, "zb-h1 works with 1 chunks per rank, not 2"),
+        ({"name": "v-half", "memory_limit": 0.5}, "exceeds the memory limit"),
+        ({"name": "auto", "memory_limit": 0.1}, "nearest: memory limit"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_the_first_collective(dist: Dist, schedule: Fields, text: str) -> None:
+    refused, _ = dist(2)(ahead, schedule, 4)
+    assert refused.startswith("InfeasibleError: ") and text in refused
+
+
+def test_without_a_number_of_microbatches_the_first_step_decides(dist: Dist) -> None:
+    assert dist(2)(ahead, {"name": "gis", "group": 5}, None) == ["", ""]
