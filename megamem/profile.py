@@ -18,6 +18,7 @@ EXAMPLES = """examples:
       --num-query-groups 8 --swiglu --disable-bias-linear --normalization RMSNorm --seq-length 8192 \\
       --vocab-size 128256 --bf16 --link-gb-per-s 40 --output costs.json
   torchrun --nproc-per-node 8 -m megamem profile ... --tensor-model-parallel-size 8 --sequence-parallel
+  megamem profile ... --allocations trace.csv.gz && megamem solve trace.csv.gz
   megamem simulate --schedule auto --stages 8 --microbatches 64 --costs costs.json --memory-limit 40GiB
 
 Times are in milliseconds, memory in bytes, both per microbatch and tensor-parallel rank. Layers are Megatron-Core's
@@ -52,7 +53,22 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     model.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--link-gb-per-s", type=float, help="bandwidth between pipeline ranks (default: endless)")
     parser.add_argument("--repetitions", type=int, default=10, help="default: 10, after 2 to warm up")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the costs file to write")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the costs file to write")
+    allocations = parser.add_argument_group("allocations: trace malloc and free of one iteration, instead of times")
+    allocations.add_argument(
+        "--allocations",
+        type=Path,
+        metavar="FILE",
+        help="the trace to write; MiniMalloc's columns in .csv and .csv.gz",
+    )
+    allocations.add_argument(
+        "--allocations-from",
+        choices=("fake", "step"),
+        default="fake",
+        help="fake tensors, for a model and ranks of any size (default), or a real step on the processor",
+    )
+    allocations.add_argument("--num-microbatches", type=int, default=1, help="of the iteration; default: 1")
+    allocations.add_argument("--recompute-granularity", choices=("full",), help="default: no recomputation")
     parser.set_defaults(run=run_profile)
 
 
@@ -62,6 +78,8 @@ def run_profile(arguments: argparse.Namespace) -> int:
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="megatron")  # about absent packages that are not needed
     try:
+        if arguments.allocations:
+            return _trace_allocations(arguments)
         from megamem.integrations.profile_run import profile_here
     except ModuleNotFoundError as fault:
         if (fault.name or "").partition(".")[0] not in ("torch", "megatron"):
@@ -90,11 +108,24 @@ def run_profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _trace_allocations(arguments: argparse.Namespace) -> int:
+    from megamem.integrations.allocation_run import allocation_groups, trace_here
+    from megamem.ir.allocation_trace import write_trace
+    from megamem.testing.cpu import cpu_rig
+
+    source = arguments.allocations_from
+    with allocation_groups(arguments.tensor_model_parallel_size, source), cpu_rig():
+        trace = trace_here(arguments)
+    write_trace(arguments.allocations, trace)
+    print(f"{len(trace)} requests, at most {trace.peak_live() / 2**20:.1f} MiB live beside the persistent tensors")
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Everything that is wrong with the flags, before torch is loaded."""
     heads, tp = arguments.num_attention_heads, arguments.tensor_model_parallel_size
     names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "vocab_size")
-    positive = (*names, "tensor_model_parallel_size", "repetitions")
+    positive = (*names, "tensor_model_parallel_size", "repetitions", "num_microbatches")
     problems = [f"--{name.replace('_', '-')} must be at least 1" for name in positive if getattr(arguments, name) < 1]
     if not problems:
         if arguments.hidden_size % heads:
@@ -103,12 +134,15 @@ def _check(arguments: argparse.Namespace) -> None:
             problems.append(f"{heads} attention heads are not divisible by {arguments.num_query_groups} query groups")
         if heads % tp or arguments.seq_length % tp:
             problems.append(f"attention heads and sequence length must be divisible by tensor parallel {tp}")
-        if int(os.environ.get("WORLD_SIZE", "1")) != tp:
+        if not arguments.allocations and int(os.environ.get("WORLD_SIZE", "1")) != tp:
             problems.append(f"start {tp} ranks with torchrun: {os.environ.get('WORLD_SIZE', '1')} are there")
     if arguments.link_gb_per_s is not None and not arguments.link_gb_per_s > 0:
         problems.append("--link-gb-per-s must be above 0")
-    if not arguments.output.resolve().parent.is_dir():
-        problems.append(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
+    if (arguments.output is None) == (arguments.allocations is None):
+        problems.append("give either --output, the costs file to write, or --allocations, the trace")
+    for flag, path in (("--output", arguments.output), ("--allocations", arguments.allocations)):
+        if path is not None and not path.resolve().parent.is_dir():
+            problems.append(f"{flag} {path}: there is no folder {path.parent}")
     if problems:
         raise ConfigError(problems)
 

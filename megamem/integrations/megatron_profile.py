@@ -10,8 +10,9 @@ Weight gradients are computed apart from input gradients by the same code as in 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,14 @@ class GptShape:
     sequence_parallel: bool = False
 
 
+def shape_of(arguments: argparse.Namespace) -> GptShape:
+    """The shape that the flags of `megamem profile` name."""
+    values = {item.name: getattr(arguments, item.name) for item in fields(GptShape)}
+    if values["ffn_hidden_size"] is None:
+        values["ffn_hidden_size"] = 4 * arguments.hidden_size
+    return GptShape(**values)
+
+
 def profile_gpt(
     shape: GptShape,
     *,
@@ -65,7 +74,7 @@ def profile_gpt(
     neighbouring pipeline ranks, from which the latency of a hop follows; None leaves it at 0.
     `progress` hears what is measured, and how many repetitions are done.
     """
-    config = _config(shape)
+    config = gpt_config(shape)
     costs: list[StageCost] = []
     for name, ends in (("first stage", (True, False)), ("layer", (False, False)), ("last stage", (False, True))):
         stage = _GptStage(shape, config, *ends)
@@ -80,7 +89,8 @@ def profile_gpt(
     return workload(first, middle, last, shape.num_layers, comm)
 
 
-def _config(shape: GptShape) -> TransformerConfig:
+def gpt_config(shape: GptShape) -> TransformerConfig:
+    """Megatron's configuration of one layer, with the fused paths that need a GPU off."""
     dtype = torch.bfloat16 if shape.bf16 else torch.float32
     return TransformerConfig(
         num_layers=1,

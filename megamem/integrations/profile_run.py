@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
@@ -12,18 +11,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megamem.integrations.megatron_profile import GptShape, profile_gpt
+from megamem.integrations.megatron_profile import profile_gpt, shape_of
 from megamem.ir.workload import Workload
 
 
 def profile_here(arguments: argparse.Namespace, progress: Callable[[str, int], None]) -> Workload:
     """The costs that the flags of `megamem profile` ask for; on every tensor-parallel rank."""
-    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(GptShape)}
-    if values["ffn_hidden_size"] is None:
-        values["ffn_hidden_size"] = 4 * arguments.hidden_size
     with _groups(arguments.tensor_model_parallel_size):
         return profile_gpt(
-            GptShape(**values),
+            shape_of(arguments),
             repetitions=arguments.repetitions,
             link_gb_per_s=arguments.link_gb_per_s,
             progress=progress,

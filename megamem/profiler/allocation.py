@@ -97,7 +97,7 @@ class EventLog:
             for index in {**births, **deaths}
         ]
         requests.sort(key=lambda request: (-1 if request.birth is None else request.birth, request.death or 0))
-        phases = []
+        phases: list[Phase] = []
         for at, label in self._phases:
             # The cut itself is a phase: the one that ends an iteration belongs to the next.
             if begin <= at <= end and (at < end or label) and not (phases and phases[-1].label == label):
@@ -163,7 +163,7 @@ class LayerPhases:
             backward = self._label(number, counts, "backward")
             self._enter(backward if is_again else self._label(number, counts, "forward"))
             for tensor in _differentiable((args, kwargs)):
-                tensor.register_hook(lambda _gradient: self._leave(backward))
+                tensor.register_hook(lambda _gradient: self._leave(backward))  # type: ignore[no-untyped-call]
                 break  # the hidden states; what follows is not on the path through the layers
 
         def after(_layer: Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -171,7 +171,7 @@ class LayerPhases:
             counts = self._recomputed if is_again else self._forwards
             backward = self._label(number, counts, "backward")
             for tensor in _differentiable(output):
-                tensor.register_hook(lambda _gradient: self._enter(backward))
+                tensor.register_hook(lambda _gradient: self._enter(backward))  # type: ignore[no-untyped-call]
                 break
             if not is_again:
                 self._leave(self._label(number, counts, "forward"))
@@ -296,13 +296,13 @@ class AllocatorRecorder:
 
     def __enter__(self) -> Self:
         self._phases.listen(lambda label: self._mark(f"enter {label}"))
-        self._profile.__enter__()
+        self._profile.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._profile.__exit__(kind, value, trace)
+        self._profile.__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         self._phases.listen(lambda label: None)
         if kind is None:
             self._read()
