@@ -68,6 +68,7 @@ from megamem.errors import ScheduleError
 Kind = Literal[
     "F", "B", "W", "BW", "S", "T", "IF", "IB", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "OFFLOAD", "RELOAD"
 ]  # fmt: skip
+Direction = Literal["F", "B"]  # of messages: activations forward, gradients backward
 Shape = Literal["round-robin", "v"]
 Barriers = Literal[1, 2]
 
@@ -79,6 +80,14 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 _ACTION = re.compile(r"^(\d+)(" + "|".join(sorted(KINDS, key=len, reverse=True)) + r")(\d+)(?::(\d+)/(\d+))?$")
 _HEADER = "megamem-schedule 1"
+
+
+class Channel(NamedTuple):
+    """A first-in-first-out line of messages: activations (F) or gradients (B) from rank to rank."""
+
+    direction: Direction
+    source: int
+    destination: int
 
 
 class Action(NamedTuple):

@@ -11,9 +11,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 
 from megamem.errors import ScheduleError, UnsupportedError  # noqa: E402 - torch first, to skip without it
-from megamem.ir.schedule import Action, Placement  # noqa: E402
+from megamem.ir.schedule import Action, Channel, Placement  # noqa: E402
 from megamem.runtime.pipeline.failure import FailureNotice  # noqa: E402
-from megamem.runtime.pipeline.links import Channel, channels_of  # noqa: E402
+from megamem.runtime.pipeline.links import channels_of  # noqa: E402
 from megamem.runtime.pipeline.loop import check_kinds  # noqa: E402
 from megamem.runtime.pipeline.mailbox import Format, Mailbox  # noqa: E402
 from megamem.runtime.pipeline.weights import WeightQueue, WeightTask  # noqa: E402

@@ -16,23 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megamem.errors import ScheduleError
-from megamem.ir.schedule import COMMUNICATION, Action, Kind, Placement, Schedule
-
-Direction = Literal["F", "B"]
+from megamem.ir.schedule import COMMUNICATION, Action, Channel, Direction, Kind, Placement, Schedule
 
 _SEND: dict[Direction, Kind] = {"F": "SEND_F", "B": "SEND_B"}
 _RECV: dict[Direction, Kind] = {"F": "RECV_F", "B": "RECV_B"}
-
-
-class Channel(NamedTuple):
-    """A first-in-first-out line of messages: activations (F) or gradients (B) from `source` to `destination`."""
-
-    direction: Direction
-    source: int
-    destination: int
 
 
 class _Message(NamedTuple):

@@ -14,24 +14,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
 
-from megamem.ir.schedule import Placement
-
-Direction = Literal["F", "B"]
+from megamem.ir.schedule import Channel, Placement
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # as torch's own for gloo, where the pipeline's group does not say another
-
-
-class Channel(NamedTuple):
-    """A line of messages, first in first out: activations (F) or gradients (B) between two pipeline ranks."""
-
-    direction: Direction
-    source: int
-    destination: int
 
 
 class Links:

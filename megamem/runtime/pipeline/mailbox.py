@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from megamem.errors import ScheduleError, UnsupportedError
-from megamem.ir.schedule import Placement
-from megamem.runtime.pipeline.links import Channel, Direction
+from megamem.ir.schedule import Channel, Direction, Placement
 
 Way = Literal["nowhere", "here", "away"]
 
