@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megamem.testing.trials import error_of
+
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
 
@@ -160,14 +162,6 @@ def test_copies_of_a_tied_weight_start_equal_and_are_marked_as_stock_marks_them(
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def _error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def refusals() -> dict[str, str]:
     """What is said for each model that cannot be placed; and that nothing of an attempt stays behind."""
     import torch
@@ -209,11 +203,11 @@ def refusals() -> dict[str, str]:
             "group": lambda: torch.distributed.get_rank(construct(case, 0).pg_collection.pp),
             "in a step": lambda: _fail(placement),
         }
-        errors = {name: _error_of(call) for name, call in found.items()}
+        errors = {name: error_of(call) for name, call in found.items()}
         assert construct(case, 1).decoder.layers[0].layer_number == 5 + 2 * (1 - torch.distributed.get_rank())
     errors["rank"] = str(parallel_state.get_pipeline_model_parallel_rank())
     _case({**LLAMA, "vpp": None})
-    errors["layout"] = _error_of(_v_placed)
+    errors["layout"] = error_of(_v_placed)
     return errors
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Action, Schedule
 from megamem.planner.schedules.family import Family, Request
-from megamem.planner.schedules.interleaved import Pass, group_sizes, pass_table
+from megamem.planner.schedules.interleaved import Pass, group_sizes, one_forward_one_backward, pass_table
 from megamem.planner.schedules.late_weights import peak_activation, with_late_weights
 from megamem.planner.schedules.weight_placement import ROUNDING
 
@@ -40,15 +40,12 @@ def smallest_group(num_ranks: int) -> int:
 
 def one_forward_one_split(table: Sequence[Pass], num_chunks: int, ahead: int) -> Iterator[Action]:
     """`ahead` forwards of the table, then a forward and a backward in turn, each backward a B and its W."""
-    ahead = min(ahead, len(table))
-    for index in range(len(table) + ahead):
-        if index < len(table):
-            chunk, microbatch = table[index]
-            yield Action("F", chunk, microbatch)
-        if index >= ahead:
-            chunk, microbatch = table[index - ahead]
-            yield Action("B", num_chunks - 1 - chunk, microbatch)
-            yield Action("W", num_chunks - 1 - chunk, microbatch)
+    for action in one_forward_one_backward(table, num_chunks, ahead):
+        if action.kind == "F":
+            yield action
+        else:
+            yield action._replace(kind="B")
+            yield action._replace(kind="W")
 
 
 def group_interleaved(request: Request, name: str, group: int, sizes: Sequence[int]) -> Schedule:
