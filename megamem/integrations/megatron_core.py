@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -26,15 +27,16 @@ import torch
 from torch.nn import Module
 
 from megamem.config import Activations, Config, load_config
-from megamem.errors import ConfigError, MissingPackage, NotLiveError, UnsupportedError
+from megamem.errors import ConfigError, MissingPackage, UnsupportedError
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
+from megamem.integrations.capability import Capability, CapabilityReport, agree, refuse_together, require_live
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, plan_ahead
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
-from megamem.integrations.report import ActivationReport, Report, VocabularyReport
+from megamem.integrations.report import ActivationReport, Report
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
-from megamem.integrations.vocabulary import FusedLoss, refuse
+from megamem.integrations.vocabulary import FusedLoss
 from megamem.patches import GROUPS
 from megamem.patches.registry import Applied, apply
 from megamem.planner.activations import plan_activations
@@ -45,6 +47,11 @@ from megamem.runtime.activations.streams import AbstractDevice, HostDevice
 from megamem.runtime.session import AbstractSession
 
 _LOG = logging.getLogger("megamem")
+
+CAPABILITIES: Mapping[str, Callable[[Config], Capability]] = {
+    "vocabulary": lambda config: FusedLoss(config.vocabulary),
+}
+"""What makes the capability of a section that is switched on; `activations` and `schedule` are the session's own."""
 
 
 def enable(config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None) -> Handle:
@@ -70,8 +77,8 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
     patches = [patch.bound(session) for patch in wanted]
     if session.schedule is not None and session.schedule.placement is not None:
         patches += [patch.bound(session.schedule.placement) for patch in GROUPS["schedule.v-placement"]]
-    if session.loss is not None:
-        patches += [patch.bound(session.loss) for patch in GROUPS["vocabulary.loss"]]
+    for capability in session.capabilities:
+        patches += capability.patches()
     return Handle(loaded, session, apply(patches))
 
 
@@ -85,19 +92,12 @@ def _with_offloads(config: Config) -> Config:
 def _agreed_host_memory(config: Config, parallel_state: Any) -> int:
     """Bytes of host memory for this rank; the least of its tensor-parallel group, whose ranks must store alike."""
     wanted = resolve_host_memory(config.activations.host_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return _least(wanted, parallel_state.get_tensor_model_parallel_group())
+    return agree([wanted], parallel_state.get_tensor_model_parallel_group())[0]
 
 
 def _agreed_name() -> str:
     """A name that all ranks of the job have in common and that was never used before."""
-    return f"{_least(secrets.randbits(62), None):x}"
-
-
-def _least(number: int, group: Any) -> int:
-    on_gpu = torch.distributed.get_backend(group) == "nccl"
-    value = torch.tensor([number], dtype=torch.int64, device="cuda" if on_gpu else "cpu")
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MIN, group=group)
-    return int(value.item())
+    return f"{agree([secrets.randbits(62)])[0]:x}"
 
 
 @final
@@ -112,17 +112,19 @@ class Session(AbstractSession):
         self.schedule: MegatronSchedule | None = None
         if config.schedule.is_on:
             self.schedule = MegatronSchedule.of(config.schedule, planned, _agreed_name())
-        self.loss = FusedLoss(config.vocabulary) if config.vocabulary.is_on else None
+        self.capabilities = [make(config) for name, make in CAPABILITIES.items() if name in config.enabled]
         self._trace_writer = TraceWriter(config.schedule.trace) if config.schedule.trace != "none" else None
         self._device = device
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
         self._num_built = 0
-        self._has_checked = self._has_checked_loss = False
+        self._has_begun = self._has_trained = False
         self.undo: list[Callable[[], None]] = []
 
     def on_layer_built(self, layer: Module) -> None:
         self._num_built += 1
         check_layer(layer, self.config)
+        for capability in self.capabilities:
+            capability.on_layer_built(layer)
         if self.config.activations.experts == "recompute" and compat.is_moe_layer(layer):
             self._checkpoint_experts(layer)
 
@@ -147,51 +149,66 @@ class Session(AbstractSession):
         return self.schedule.linears.run(function, arguments)
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.loss is not None and not self._has_checked_loss:
-            self._has_checked_loss = True
-            self._check_loss(self.loss, inspect.signature(step).bind(*args, **kwargs).arguments["model"])
+        trains = not kwargs.get("forward_only", False)
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin(inspect.signature(step).bind(*args, **kwargs).arguments["model"])
         try:
-            result = step(*args, **kwargs) if self.schedule is None else self.schedule.run(step, args, kwargs)
+            result = self._around(step, args, kwargs, trains)()
         except BaseException:
             if self.engine is not None:
                 self.engine.abandon_step()
+            for capability in self.capabilities:
+                capability.abandon_step()
             raise
-        if kwargs.get("forward_only", False):
-            return result
+        if trains:
+            self._end_step()
+        return result
+
+    def _begin(self, model: Any) -> None:
+        """Once, before the first step: UnsupportedError on every rank if the model of any does not go with it."""
+        chunks = model if isinstance(model, list) else [model]
+        if self.capabilities:
+            refuse_together(self.capabilities, chunks)
+        for capability in self.capabilities:
+            capability.adopt(chunks)
+
+    def _around(
+        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trains: bool
+    ) -> Callable[[], Any]:
+        """The step with what the capabilities do around it, the first one innermost."""
+        if self.schedule is None:
+            run: Callable[[], Any] = partial(step, *args, **kwargs)
+        else:
+            run = partial(self.schedule.run, step, args, kwargs)
+        for capability in self.capabilities:
+            run = partial(capability.run_step, run, trains=trains)
+        return run
+
+    def _end_step(self) -> None:
         if self.engine is not None:
             self.engine.end_step()
         if self.schedule is not None and self._trace_writer is not None:
             self._trace_writer.after_step(self.schedule)
-        if not self._has_checked:
-            self._has_checked = True
-            if self.config.activations.is_on:
-                self.check_live()
-            if self.loss is not None and not _least(-self.loss.num_losses, None):
-                raise NotLiveError(
-                    "vocabulary.fused_loss is true, a step has run, and no rank computed a loss without logits. Is the "
-                    "model given labels, and does it compute its loss with compute_language_model_loss? Set "
-                    "vocabulary.fused_loss: false to go on without"
-                )
-        return result
-
-    def _check_loss(self, loss: FusedLoss, model: Any) -> None:
-        """Once, before the first step: UnsupportedError on every rank if the model of any does not go with it."""
-        chunks = model if isinstance(model, list) else [model]
-        problems = loss.problems(chunks)
-        if _least(-len(problems), None):
-            refuse(problems or ["the model of another rank does not go with it; the error there says why"])
-        loss.adopt(chunks)
+        for capability in self.capabilities:
+            capability.end_step()
+        if not self._has_trained:
+            self._has_trained = True
+            self.check_live()
 
     def check_live(self) -> None:
-        """Raise NotLiveError on every rank if no rank's layers went through the engine, or if this rank's did not."""
-        is_live = self.engine is not None and self.engine.is_live
-        anywhere = -_least(-int(is_live), None)
-        if not anywhere or (self._num_built and not is_live):
-            raise NotLiveError(
+        """Raise NotLiveError on every rank if a capability took no part on any rank, or not on one where it had to."""
+        states = [(capability.is_live(), capability.NOT_LIVE) for capability in self.capabilities]
+        if self.config.activations.is_on:
+            is_live = self.engine is not None and self.engine.is_live
+            text = (
                 f"activations.policy is {self.config.activations.policy}, a step has run, and no TransformerLayer of "
-                f"{'any rank' if not anywhere else 'this rank'} went through megamem. Is the model made of layers with "
-                "a forward of their own, or was megamem disabled? Set activations.policy: off to go on without"
+                "any rank, or of a rank that has some, went through megamem. Is the model made of layers with a "
+                "forward of their own, or was megamem disabled? Set activations.policy: off to go on without"
             )
+            states.append((is_live or (False if self._num_built else None), text))
+        if states:
+            require_live(states)
 
     def _build_engine(self, layer: Any, hidden: torch.Tensor) -> ActivationEngine:
         options = self.config.activations
@@ -227,8 +244,8 @@ class Handle:
                 self._session.undo.pop()()
             if self._session.schedule is not None:
                 self._session.schedule.close()
-            if self._session.loss is not None:
-                self._session.loss.close()
+            for capability in self._session.capabilities:
+                capability.close()
 
     @property
     def engine(self) -> ActivationEngine | None:
@@ -243,7 +260,8 @@ class Handle:
     @property
     def loss(self) -> FusedLoss | None:
         """What computes the losses of this rank, where they are to need no logits."""
-        return self._session.loss if self._session is not None else None
+        items = () if self._session is None else self._session.capabilities
+        return next((item for item in items if isinstance(item, FusedLoss)), None)
 
     def building(self, chunk: int) -> AbstractContextManager[None]:
         """Surround what builds chunk `chunk` of the model: under a V placement Megatron then takes it for its stage."""
@@ -270,11 +288,14 @@ class Handle:
 
     def report(self) -> Report:
         """What the capabilities did on this rank so far; prints as a table."""
-        return Report(
-            activations=ActivationReport.of(self.config, self.engine) if self.config.activations.is_on else None,
-            schedule=None if self.schedule is None else ScheduleReport.of(self.schedule),
-            vocabulary=None if self.loss is None else VocabularyReport.of(self.loss),
-        )
+        parts: dict[str, CapabilityReport] = {}
+        if self.config.activations.is_on:
+            parts["activations"] = ActivationReport.of(self.config, self.engine)
+        if self.schedule is not None:
+            parts["schedule"] = ScheduleReport.of(self.schedule)
+        for capability in () if self._session is None else self._session.capabilities:
+            parts[capability.SECTION] = capability.report()
+        return Report(**parts)
 
     def __enter__(self) -> Handle:
         return self

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megamem.config import Config
-from megamem.integrations.schedule_report import ScheduleReport
-from megamem.integrations.vocabulary import FusedLoss
+from megamem.integrations.capability import CapabilityReport
 from megamem.runtime.activations.engine import ActivationEngine
 
 
@@ -58,13 +58,13 @@ class ActivationReport:
         """(what, how much), ready to print."""
         rows = [
             ("policy", self.policy),
-            ("kept in device memory, per step", _mib(self.kept_nbytes)),
-            ("swapped to host memory, per step", _mib(self.swapped_nbytes)),
-            ("recomputed, per step", f"{_mib(self.recomputed_nbytes)} ({self.replayed_tokens} layer tokens)"),
-            ("left alone in the last layers, per step", _mib(self.untouched_nbytes)),
-            ("peak held at once, staging included", _mib(self.peak_held_nbytes)),
-            ("peak in staging buffers", _mib(self.peak_staging_nbytes)),
-            ("host memory, peak of budget", f"{_mib(self.host_nbytes)} of {_mib(self.host_capacity_nbytes)}"),
+            ("kept in device memory, per step", mib(self.kept_nbytes)),
+            ("swapped to host memory, per step", mib(self.swapped_nbytes)),
+            ("recomputed, per step", f"{mib(self.recomputed_nbytes)} ({self.replayed_tokens} layer tokens)"),
+            ("left alone in the last layers, per step", mib(self.untouched_nbytes)),
+            ("peak held at once, staging included", mib(self.peak_held_nbytes)),
+            ("peak in staging buffers", mib(self.peak_staging_nbytes)),
+            ("host memory, peak of budget", f"{mib(self.host_nbytes)} of {mib(self.host_capacity_nbytes)}"),
             ("compute stalled on copies, per step", f"{self.stall_ms:.1f} ms"),
         ]
         if self.num_without_room:
@@ -74,57 +74,20 @@ class ActivationReport:
         return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class VocabularyReport:
-    """Losses that this rank computed without logits, evaluation included.
-
-    num_stock:     calls of its output layer that Megatron answered: for logits, for inference
-    chunk_nbytes:  logits of one chunk of the largest loss, in memory at a time
-    whole_nbytes:  all its logits on this rank, in the same dtype, which were never in memory
-    """
-
-    num_losses: int
-    num_stock: int
-    chunk_nbytes: int
-    whole_nbytes: int
-
-    @classmethod
-    def of(cls, loss: FusedLoss) -> VocabularyReport:
-        """The report of what computes this rank's losses."""
-        chunk_nbytes, whole_nbytes = loss.largest_nbytes
-        return cls(
-            num_losses=loss.num_losses,
-            num_stock=loss.num_stock,
-            chunk_nbytes=chunk_nbytes,
-            whole_nbytes=whole_nbytes,
-        )
-
-    def rows(self) -> list[tuple[str, str]]:
-        """(what, how much), ready to print."""
-        rows = [("losses computed without logits", str(self.num_losses))]
-        if self.num_losses:
-            rows.append(("logits in memory at a time", f"{_mib(self.chunk_nbytes)} of {_mib(self.whole_nbytes)}"))
-        if self.num_stock:
-            rows.append(("requests that Megatron answered", str(self.num_stock)))
-        return rows
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the capabilities that are switched on did on this rank; those that are off are None. Prints as a table."""
+    """What the capabilities did on this rank, by section; None for those that are off. Prints as a table."""
 
-    activations: ActivationReport | None = None
-    schedule: ScheduleReport | None = None
-    vocabulary: VocabularyReport | None = None
+    def __init__(self, **parts: CapabilityReport) -> None:
+        self.parts = parts
+
+    def __getattr__(self, section: str) -> Any:
+        if section.startswith("_"):
+            raise AttributeError(section)
+        return self.parts.get(section)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much), ready to print."""
-        return [
-            row
-            for part in (self.activations, self.schedule, self.vocabulary)
-            if part is not None
-            for row in part.rows()
-        ]
+        return [row for part in self.parts.values() for row in part.rows()]
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -132,5 +95,6 @@ class Report:
         return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def _mib(nbytes: int) -> str:
+def mib(nbytes: int) -> str:
+    """Bytes as MiB, to one decimal."""
     return f"{nbytes / 2**20:,.1f} MiB"

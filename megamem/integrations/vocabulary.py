@@ -27,7 +27,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, final
+from typing import Any, ClassVar, NoReturn, final
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -40,10 +40,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from megamem.config import Vocabulary
 from megamem.errors import UnsupportedError
 from megamem.integrations import compat
+from megamem.integrations.capability import Capability
+from megamem.integrations.report import mib
 from megamem.kernels.linear_cross_entropy import LossOptions, chunk_columns, linear_cross_entropy
+from megamem.patches import GROUPS
+from megamem.patches.registry import Patch
 from megamem.runtime.session import AbstractLoss
-
-_SECTION = "vocabulary.fused_loss"
 
 
 @final
@@ -100,19 +102,51 @@ class PendingLogits:
 
 def _asked_for_logits(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{_SECTION}: something around the loss asks for the logits ({name}), which are never in memory; switch it "
-        "off, or set vocabulary.fused_loss to false"
+        f"{FusedLoss.OPTION}: something around the loss asks for the logits ({name}), which are never in memory; "
+        "switch it off, or set vocabulary.fused_loss to false"
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VocabularyReport:
+    """Losses that this rank computed without logits, evaluation included.
+
+    num_stock:     calls of its output layer that Megatron answered: for logits, for inference
+    chunk_nbytes:  logits of one chunk of the largest loss, in memory at a time
+    whole_nbytes:  all its logits on this rank, in the same dtype, which were never in memory
+    """
+
+    num_losses: int
+    num_stock: int
+    chunk_nbytes: int
+    whole_nbytes: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), ready to print."""
+        rows = [("losses computed without logits", str(self.num_losses))]
+        if self.num_losses:
+            rows.append(("logits in memory at a time", f"{mib(self.chunk_nbytes)} of {mib(self.whole_nbytes)}"))
+        if self.num_stock:
+            rows.append(("requests that Megatron answered", str(self.num_stock)))
+        return rows
+
+
 @final
-class FusedLoss(AbstractLoss):
+class FusedLoss(Capability, AbstractLoss):
     """Computes the losses of a process as `options` ask, and counts them.
 
     num_losses:      of which no logits were made, evaluation included
     num_stock:       other calls of an output layer's model: for logits, for inference
     largest_nbytes:  of one chunk's logits and of all logits of a rank, for the largest of these losses
     """
+
+    SECTION: ClassVar[str] = "vocabulary"
+    OPTION: ClassVar[str] = "vocabulary.fused_loss"
+    NOT_LIVE: ClassVar[str] = (
+        "vocabulary.fused_loss is true, a step has run, and no rank computed a loss without logits. Is the model given "
+        "labels, and does it compute its loss with compute_language_model_loss? Set vocabulary.fused_loss: false to go "
+        "on without"
+    )
 
     def __init__(self, options: Vocabulary) -> None:
         self.options = options
@@ -121,6 +155,21 @@ class FusedLoss(AbstractLoss):
         self._known: weakref.WeakSet[Module] = weakref.WeakSet()  # models that were checked
         self._adopted: weakref.WeakSet[Module] = weakref.WeakSet()  # models with a `forward` of ours
         self._marked: MutableMapping[Any, None] = WeakIdKeyDictionary()  # weights with a `zero_out_wgrad` of ours
+
+    def patches(self) -> list[Patch]:
+        return [patch.bound(self) for patch in GROUPS["vocabulary.loss"]]
+
+    def is_live(self) -> bool | None:
+        return True if self.num_losses else None
+
+    def report(self) -> VocabularyReport:
+        chunk_nbytes, whole_nbytes = self.largest_nbytes
+        return VocabularyReport(
+            num_losses=self.num_losses,
+            num_stock=self.num_stock,
+            chunk_nbytes=chunk_nbytes,
+            whole_nbytes=whole_nbytes,
+        )
 
     def problems(self, chunks: Sequence[Module]) -> list[str]:
         """Why losses of these model chunks cannot be computed; empty where all can."""
@@ -188,7 +237,8 @@ class FusedLoss(AbstractLoss):
 
     def _check(self, model: Any) -> None:
         if model not in self._known:
-            refuse([*_problems(model)])
+            if problems := [*_problems(model)]:
+                raise UnsupportedError(f"{FusedLoss.OPTION}: " + "; ".join(problems))
             self._known.add(model)
 
     def _into_main_grad(self, weight: Any) -> bool:
@@ -215,12 +265,6 @@ class FusedLoss(AbstractLoss):
         self._marked.clear()
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raise UnsupportedError with these reasons, if there are any."""
-    if problems:
-        raise UnsupportedError(f"{_SECTION}: " + "; ".join(problems))
-
-
 @contextlib.contextmanager
 def _deferred(layer: Module) -> Iterator[None]:
     """While the block runs, calls of this output layer return `PendingLogits`. Its hooks run as ever."""
@@ -231,7 +275,7 @@ def _deferred(layer: Module) -> Iterator[None]:
         assert isinstance(layer, ColumnParallelLinear)
         if runtime_gather_output and layer.tp_group.size() > 1:
             raise UnsupportedError(
-                f"{_SECTION}: runtime_gather_output asks for the logits of all tensor-parallel ranks, of which "
+                f"{FusedLoss.OPTION}: runtime_gather_output asks for the logits of all tensor-parallel ranks, of which "
                 "Megatron computes no loss; leave it out where labels are given"
             )
         return PendingLogits(layer=layer, hidden=input_, weight=layer.weight if weight is None else weight), None
