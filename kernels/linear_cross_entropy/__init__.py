@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ..backends import Backend, default_backend
 from .autograd import Layout, LinearCrossEntropy
-from .backends import Backend, default_backend
 from .checks import check_labels, check_once, check_operands, check_shards
 from .one_barrier import check_one_barrier, shard_input_gradient, shard_statistics_and_numerator
 from .options import LossOptions, TokenOutputs

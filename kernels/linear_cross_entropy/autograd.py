@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .backends import Backend
+from ..backends import Backend
 from .collectives import gather_first, scatter_sum_first, stack_ranks, sum_
 from .options import LossOptions
 from .passes import combine_statistics, gradient_coefficients, shard_gradient, shard_statistics, token_outputs

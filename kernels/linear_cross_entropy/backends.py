@@ -1,16 +1,14 @@
-"""Which implementation runs the two row operations: chosen by the caller, or by the device, never by chance."""
+"""The two row operations, and which implementation of them runs."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
+from ..backends import Backend, takes_triton
 from . import rows
 from .options import LossOptions
-
-Backend = Literal["torch", "triton"]
 
 
 class RowOperations(Protocol):
@@ -36,23 +34,10 @@ class RowOperations(Protocol):
     ) -> None: ...
 
 
-def default_backend(device: torch.device) -> Backend:
-    """Triton on CUDA devices where it is installed, else plain PyTorch: the same to rounding, in more passes."""
-    return "triton" if device.type == "cuda" and find_spec("triton") is not None else "torch"
-
-
 def row_operations(backend: Backend | None, device: torch.device) -> RowOperations:
-    """The implementation; None asks for `default_backend`. Raises ValueError for an unknown one, ImportError for an
-    absent one."""
-    name = backend or default_backend(device)
-    if name == "torch":
+    """The implementation; None asks for the device's default. Raises as `takes_triton` does."""
+    if not takes_triton(backend, device):
         return rows
-    if name != "triton":
-        raise ValueError(f"backend is torch or triton, not {name!r}")
-    try:
-        from . import triton as kernels
-    except ImportError as error:
-        raise ImportError(
-            "backend='triton' was asked for, and triton is not installed: pip install triton, or take backend='torch'"
-        ) from error
+    from . import triton as kernels
+
     return kernels

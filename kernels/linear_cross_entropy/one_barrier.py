@@ -26,7 +26,8 @@ import dataclasses
 
 import torch
 
-from .backends import Backend, row_operations
+from ..backends import Backend
+from .backends import row_operations
 from .gemm import matmul_into
 from .options import LossOptions
 from .passes import chunks, operands_for, without_autocast

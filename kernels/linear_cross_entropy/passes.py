@@ -31,7 +31,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .backends import Backend, row_operations
+from ..backends import Backend
+from .backends import row_operations
 from .gemm import has_mixed_matmul, matmul_into
 from .options import LossOptions, TokenOutputs
 from .rows import empty_statistics

@@ -1,4 +1,7 @@
-"""Triton's interpreter, so that kernels run on the CPU: for one test, without an environment variable."""
+"""Triton's interpreter, so that kernels run on the CPU: for one test, without an environment variable.
+
+It converts as the GPU does only once its conversion is replaced; `test_interpreter.py` says what is wrong with it.
+"""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -8,24 +11,23 @@ import pytest
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module of the kernels, with each of them run by the interpreter, which rounds as the GPU does."""
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Triton's module of that name; every kernel of megamem is run by it, and it rounds as the GPU does."""
     pytest.importorskip("torch", reason="pip install 'megamem[train]'")
     pytest.importorskip("triton", reason="pip install 'megamem[dev]'")
     import triton.experimental.gluon  # noqa: F401 - the first launch would, and it copies what is replaced below
     import triton.language as tl
+    from kernel_modules import kernel_modules
     from triton.runtime import JITFunction, interpreter
 
-    from megamem.kernels.linear_cross_entropy import triton as kernels
-
-    monkeypatch.setattr(interpreter, "_convert_float", _rounding_converter(interpreter._convert_float))
+    monkeypatch.setattr(interpreter, "_convert_float", rounding_converter(interpreter._convert_float))
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call_and_restore)
     # What TRITON_INTERPRET=1 does, but only if it is set before triton is imported, and then for the whole process.
-    for module in (kernels, tl, tl.standard):
+    for module in (*kernel_modules(), tl, tl.standard):
         for name, function in list(vars(module).items()):
             if isinstance(function, JITFunction):
                 monkeypatch.setattr(module, name, interpreter.InterpretedFunction(function.fn))
-    yield kernels
+    yield interpreter
 
 
 def _call_and_restore(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,21 +41,30 @@ def _call_and_restore(function: Any, *args: Any, **kwargs: Any) -> Any:
         scope.restore()
 
 
-def _rounding_converter(original: Any) -> Any:
-    """Triton 3.9's interpreter truncates on the way to bf16 (triton issue 8322); the GPU rounds to nearest even."""
+def rounding_converter(original: Any) -> Any:
+    """A conversion between floating-point types that rounds to nearest even and saturates at the end of FP8's range."""
     import numpy as np
     import torch
     import triton.language as tl
 
-    dtypes = {tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16}
-    bits = {2: (np.int16, torch.int16, np.uint16), 4: (np.int32, torch.int32, np.uint32)}
+    dtypes = {
+        tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2,
+    }  # fmt: skip
+    largest = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
+    bits = {
+        1: (np.uint8, torch.uint8, np.uint8), 2: (np.int16, torch.int16, np.uint16),
+        4: (np.int32, torch.int32, np.uint32),
+    }  # fmt: skip
 
     def convert(values: Any, source: Any, target: Any, *arguments: Any) -> Any:
         if source not in dtypes or target not in dtypes:
             return original(values, source, target, *arguments)
         signed = np.ascontiguousarray(values).reshape(-1).view(bits[source.primitive_bitwidth // 8][0]).copy()
-        converted = torch.from_numpy(signed).view(dtypes[source]).to(dtypes[target])
+        wide = torch.from_numpy(signed).view(dtypes[source]).float()
+        if target in largest:
+            wide = torch.where(wide.isnan(), wide, wide.clamp(-largest[target], largest[target]))
         _, torch_bits, numpy_bits = bits[target.primitive_bitwidth // 8]
-        return converted.view(torch_bits).numpy().view(numpy_bits).reshape(np.shape(values))
+        return wide.to(dtypes[target]).view(torch_bits).numpy().view(numpy_bits).reshape(np.shape(values))
 
     return convert

@@ -1,11 +1,9 @@
-"""The Triton row kernels: equal to the plain PyTorch ones in the interpreter, compilable for the GPUs they are for.
+"""The Triton row kernels, in the interpreter: equal to the plain PyTorch ones.
 
-The interpreter proves the numbers, the compiler that the kernels compile, vectorise their memory accesses and spill no
-registers; only a GPU can tell their speed (ci/bench/linear_cross_entropy.py).
+`test_ahead_of_time.py` compiles them for the GPUs they are for; only a GPU can tell their speed
+(ci/bench/linear_cross_entropy.py).
 """
 
-import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +30,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32 = 2e-6
+
+
+@pytest.fixture
+def interpreted(interpreter: ModuleType) -> ModuleType:
+    """The module of the kernels, with each of them run by the interpreter."""
+    from megamem.kernels.linear_cross_entropy import triton as kernels
+
+    return kernels
 
 
 def operands(num_tokens: int, num_columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,55 +138,3 @@ def test_the_operators_keep_their_contracts(interpreted: ModuleType) -> None:
         torch.library.opcheck(
             interpreted._gradient_operator, (target, source, labels, coefficients, 0, 1.0, 0.0, 0, 0), test_utils=checks
         )
-
-
-def test_the_interpreter_rounds_to_bf16_as_torch_does(interpreted: ModuleType) -> None:
-    """Why the fixture replaces the interpreter's conversion; were it not in use, this would be off by a unit."""
-    from triton.runtime import interpreter
-
-    exact = torch.randn(1000, generator=torch.Generator().manual_seed(5))
-    tl = pytest.importorskip("triton.language")
-    bits = interpreter._convert_float(exact.numpy().view("uint32"), tl.float32, tl.bfloat16, None)
-    assert torch.equal(torch.from_numpy(bits.view("int16")).view(torch.bfloat16), exact.bfloat16())
-
-
-@pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("kernel", ["statistics_kernel", "gradient_kernel"])
-@pytest.mark.parametrize("case", ["plain", "everything"])
-def test_compiles_without_spills(
-    capability: int, kernel: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from megamem.kernels.linear_cross_entropy import triton as kernels
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compiled now, not last week
-    function = getattr(kernels, kernel)
-    everything = case == "everything"
-    constants = {"has_cap": everything, "block": kernels._WIDEST}
-    if kernel == "statistics_kernel":
-        constants |= {"total": 3 * everything, "weighted": 4 * everything, "arg_max": 5 * everything}
-    else:
-        constants |= {"uniform": 3 * everything, "entropy": 4 * everything}
-    types = {
-        "logits": "*bf16", "gradient": "*bf16", "labels": "*i64", "statistics": "*fp32", "coefficients": "*fp32",
-        "scale": "fp32", "cap": "fp32",
-    }  # fmt: skip
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
-    indices = {name: index for index, name in enumerate(function.arg_names)}
-    aligned = ("logits", "gradient", "stride", "logits_stride", "gradient_stride", "num_columns")
-    source = ASTSource(
-        function,
-        signature,
-        constexprs={(indices[name],): value for name, value in constants.items()},
-        attrs={(indices[name],): [["tt.divisibility", 16]] for name in aligned if name in indices},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=kernels.LAUNCH)
-    ptx = compiled.asm["ptx"]
-    assert compiled.asm["cubin"]
-    assert ".local" not in ptx  # registers spilled to memory
-    assert re.search(r"ld\.global[.\w:]*\.v[48]", ptx), "16-byte loads of the logits"
-    assert not re.search(r"\b(atom|red)\.", ptx), "atomics: sums in no fixed order"
