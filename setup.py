@@ -48,6 +48,6 @@ setup(
         name if sub == "" else f"{name}.{sub}" for name, folder in ROOMS.items() for sub in ["", *find_packages(folder)]
     ],
     package_dir=ROOMS,
-    package_data={"megamem": ["py.typed"], "megamem.native": ["src/*"]},
+    package_data={"megamem": ["py.typed"], "megamem.native": ["src/*", "src/torch/*"]},
     entry_points={"console_scripts": ["megamem = megamem.cli:main"]},
 )

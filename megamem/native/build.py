@@ -24,10 +24,14 @@ _REMEDY = (
 )
 
 
-def build(flags: Sequence[str] = FLAGS) -> Path:
-    """The path of the library, compiled if the cache has it not. Raises NativeError with the remedy."""
+def build(flags: Sequence[str] = FLAGS, *, front_end: str | None = None, links: Sequence[str] = ()) -> Path:
+    """The path of the library, compiled if the cache has it not. Raises NativeError with the remedy.
+
+    With `front_end`, a source in `src/torch`, that of the core and this front end in one, linked with `links`. `flags`
+    must then tell one PyTorch from another, since its headers are no part of the cache's key.
+    """
     compiler = _find_compiler()
-    target = cache_folder() / f"megamem-{_key(compiler, flags)}.so"
+    target = cache_folder() / f"megamem-{_key(compiler, [*flags, front_end or '', *links])}.so"
     if target.exists():
         return target
     try:
@@ -41,7 +45,8 @@ def build(flags: Sequence[str] = FLAGS) -> Path:
         ) from fault
     part = Path(name)
     try:
-        _compile(compiler, flags, part)
+        sources = [*SOURCES.glob("*.cpp"), *([SOURCES / "torch" / front_end] if front_end else [])]
+        _compile([*compiler, *flags, "-o", str(part), *map(str, sorted(sources)), *links])
         part.replace(target)  # at once: another rank sees no library or a whole one
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -77,7 +82,7 @@ def _find_compiler() -> list[str]:
 def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
     """Sixteen hex digits that change with sources, flags, compiler and platform."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     try:
@@ -90,8 +95,7 @@ def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: Sequence[str], flags: Sequence[str], target: Path) -> None:
-    command = [*compiler, *flags, "-o", str(target), *map(str, sorted(SOURCES.glob("*.cpp")))]
+def _compile(command: Sequence[str]) -> None:
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     except (OSError, subprocess.SubprocessError) as fault:
