@@ -1,48 +1,32 @@
 """What the user asks for: the `megamem:` block of a YAML file, valid once it exists.
 
-Each option is declared once, here, in the section that owns it (`Activations`, `Scheduling`, `Vocabulary`). From these
-declarations derive the YAML loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON
-Schema, so none of them can forget an option. A capability that does not exist yet has no section: what cannot be done
-cannot be asked for.
+Each option is declared once, in the section that owns it (`megamem.sections`). From these declarations derive the YAML
+loader, the `--megamem-<section>-<field>` flags, `--help`, the docs table and the JSON Schema, so none of them can
+forget an option.
 
 Everything wrong with a configuration is reported at once, in one `ConfigError`. Nothing is ignored: a setting which
 has no effect under the chosen policy is a contradiction, because someone wrote it and believes in it.
-
-The first option of a section is its *key*: it switches the section on, and decides which of the others are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from megamem.errors import ConfigError
-from megamem.ir.activation import TENSORS
-from megamem.options import (
-    Auto,
-    Bytes,
-    Choice,
-    Count,
-    File,
-    Limit,
-    Option,
-    Share,
-    Switch,
-    option,
-    options_of,
-    parse_values,
-    suggestion,
-)
-from megamem.table import Table, TableRow
+from megamem.options import Option, options_of, parse_values, suggestion
+from megamem.sections import OFF, SCHEDULES, Activations, Scheduling, Section, Vocabulary, word
+from megamem.table import TableRow
 from megamem.yamlfile import read_block
 
 if TYPE_CHECKING:
     import argparse
 
 __all__ = [
+    "SCHEDULES",
     "Activations",
     "Config",
     "Scheduling",
@@ -54,240 +38,6 @@ __all__ = [
     "load_config",
     "options_table",
 ]
-
-
-_OFF = ("off", "false")
-
-
-class Section:
-    """What every section of the configuration has. Sections are dataclasses whose fields are all options.
-
-    KEY:      the first option, one of several words or a switch; `off` or `false` switches the section off
-    READERS:  for options that only some values of the key read, these values; `off` and `false` read none
-    """
-
-    NAME: ClassVar[str]
-    KEY: ClassVar[str]
-    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # (key, option, value) that say what is so anyway
-    HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = ()
-
-    def __post_init__(self) -> None:
-        """Check every field of a section made in Python by the parser that reads files."""
-        items = options_of(type(self))
-        values, problems = parse_values(items, {item.name: getattr(self, item.name) for item in items}, self.NAME)
-        changed = [item.name for item in items if values.get(item.name, item.default) != item.default]
-        problems += self.contradictions(values, changed)
-        if problems:
-            raise ConfigError(problems)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def key(self) -> str:
-        """The value of the option that decides which others are read."""
-        return _word(getattr(self, self.KEY))
-
-    @property
-    def is_on(self) -> bool:
-        """Whether this capability does anything."""
-        return self.key not in _OFF
-
-    def given(self) -> dict[str, object]:
-        """The options that differ from their defaults, as plain values."""
-        return {
-            item.name: item.kind.plain(getattr(self, item.name))
-            for item in options_of(type(self))
-            if getattr(self, item.name) != item.default
-        }
-
-    def to_dict(self) -> dict[str, object]:
-        """Every option that the key's value reads, as plain values; the others would be contradictions in a file."""
-        return {
-            item.name: item.kind.plain(getattr(self, item.name))
-            for item in options_of(type(self))
-            if self.reads(item.name, self.key)
-        }
-
-    @classmethod
-    def readers(cls, name: str) -> tuple[str, ...]:
-        """The values of the key under which the option `name` has an effect."""
-        key = options_of(cls)[0].kind
-        words = key.words if isinstance(key, Choice) else ("true",)
-        return cls.READERS.get(name, tuple(word for word in words if word not in _OFF))
-
-    @classmethod
-    def reads(cls, name: str, key: str) -> bool:
-        """Whether the option `name` has an effect when the section's key is `key`."""
-        return name == cls.KEY or (key not in _OFF and key in cls.readers(name))
-
-    @classmethod
-    def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
-        """What does not go together among the `given` options; `values` holds those that are valid by themselves."""
-        if values.get(cls.KEY) is None:  # its own problem is reported already
-            return []
-        key = _word(values[cls.KEY])
-        return [
-            f"{cls.NAME}.{name}: has no effect with {cls.KEY} {key!r}; "
-            f"set {cls.NAME}.{cls.KEY} to one of {', '.join(cls.readers(name))}, or remove {name}"
-            for name in given
-            if not cls.reads(name, key) and (key, name, values[name]) not in cls.HARMLESS
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activations(Section):
-    """Token-wise swap and recompute of what transformer layers save for their backward pass."""
-
-    NAME: ClassVar[str] = "activations"
-    KEY: ClassVar[str] = "policy"
-    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "swap_fraction": ("memo", "ordered"),
-        "keep_last_layers": ("memo", "ordered"),
-    }
-    HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = (("recompute", "keep_last_layers", 0),)
-
-    policy: Literal["off", "recompute", "memo", "ordered"] = option(
-        Choice(("off", "recompute", "memo", "ordered")),
-        "off",
-        "recompute: keep layer input and attention output in device memory and rebuild the rest, without running "
-        "attention again. memo: swap both to host memory, and swap_fraction of the tokens of every other tensor; the "
-        "last layers are kept (MEMO, arXiv 2407.12117). ordered: swap both, and swap_fraction of the outputs of the "
-        "linear layers (qkv, projection, fc1); outputs of element-wise operations are always rebuilt.",
-    )
-    swap_fraction: float = option(
-        Share(),
-        1.0,
-        "Share of the tokens that is swapped to host memory; the rest is recomputed. At 1 memo recomputes nothing.",
-    )
-    residual_every: int = option(
-        Count(least=1),
-        1,
-        "Store the layer input of every k-th layer only; the others are rebuilt from stored attention outputs.",
-    )
-    keep_last_layers: int = option(
-        Count(),
-        2,
-        "Leave this many layers at the end of the model untouched: their backward pass follows at once.",
-    )
-    host_memory: int | Literal["auto"] = option(
-        Bytes(),
-        "auto",
-        "Pinned host memory per rank. auto: half of what is available to the process, divided by the ranks on this "
-        "machine. What does not fit is recomputed instead.",
-    )
-    experts: Literal["keep", "swap", "recompute"] = option(
-        Choice(("keep", "swap", "recompute")),
-        "keep",
-        "What becomes of the tensors that the expert part of an MoE layer saves; always of all of them.",
-    )
-    table: tuple[TableRow, ...] = option(
-        Table(),
-        (),
-        'Explicit fates, a list of rows such as {layers: "1-4", fc1: 0.5, qkv: keep, mlp.linear_fc2: recompute}; later '
-        f"rows win. Tensors: {', '.join(TENSORS)}, or the path of a module inside the layer. Fates: keep (device "
-        "memory), swap (host memory), recompute, or the stored share of tokens with its tier: 0.5@host, 0.25@hbm.",
-    )
-    verify: bool = option(
-        Switch(),
-        True,
-        "In the first step compare every layer's replay with what was really saved, and stop if they differ.",
-    )
-
-
-SCHEDULES = (
-    *("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "gis", "gis-h", "po-h", "po-f"),
-    *("zb-v", "v-half", "v-min", "v-adaptive", "1f1b-v", "dualpipe-v"),
-)
-"""The pipeline schedules that a training job can ask for by name; `megamem simulate` knows more."""
-
-_ON_TEXT = (*SCHEDULES, "auto", "file")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheduling(Section):
-    """Pipeline schedules with controllable memory, in place of Megatron's own."""
-
-    NAME: ClassVar[str] = "schedule"
-    KEY: ClassVar[str] = "name"
-    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "group": ("interleaved", "gis"),
-        "chunks": (*SCHEDULES, "auto"),
-        "file": ("file",),
-    }
-
-    name: str = option(
-        Choice(("off", *_ON_TEXT)),
-        "off",
-        "1f1b and interleaved: Megatron's own orders. zb-h1, zb-h2, zb-1p, zb-2p: input and weight gradients apart, "
-        "less bubble at equal or more memory (arXiv 2401.10241). gis, gis-h: the same on Megatron's interleaved layer "
-        "placement, at the memory of 1F1B and at little more than half of it; po-h, po-f: half of the chunks, or all, "
-        "wait in host memory between F and B, whole unless the activations section says how (2503.01328). zb-v, "
-        "v-half, v-min, v-adaptive, 1f1b-v, dualpipe-v: V placement, two chunks per rank (2405.15362). auto: the "
-        "fastest that megamem can find within memory_limit. file: an order of your own.",
-    )
-    chunks: int | Literal["auto"] = option(
-        Auto(Count(least=1)),
-        "auto",
-        "Model chunks per pipeline rank, Megatron's virtual pipeline size. auto: as many as the model has, or else the "
-        "fewest that the schedule works with.",
-    )
-    group: int | Literal["auto"] = option(
-        Auto(Count(least=1)),
-        "auto",
-        "Microbatches that go through a chunk before the next chunk's turn. Fewer need less memory: half the pipeline "
-        "ranks, rounded up, is the least for gis. auto: as many as there are pipeline ranks.",
-    )
-    memory_limit: float | int | Literal["auto"] = option(
-        Limit(),
-        "auto",
-        "Activation memory that no pipeline rank may exceed: in bytes, with a unit, where costs are given in bytes; "
-        "else a number, in activations of one microbatch on one rank (1F1B needs as many as there are ranks). "
-        "auto: no limit for auto, the published limit for zb-1p, zb-2p and zb-v.",
-    )
-    costs: str | Literal["none"] = option(
-        File(),
-        "none",
-        "Times and bytes of the stages or layers, as `megamem profile` writes them. none: equal stages, F = B = W.",
-    )
-    file: str | Literal["none"] = option(
-        File(), "none", "With name: file, the schedule in its text form (see `megamem simulate --text`)."
-    )
-    trace: str | Literal["none"] = option(
-        File(),
-        "none",
-        "Write the measured times of the third step's actions, beside those predicted from the same costs, as a Chrome "
-        "trace that ui.perfetto.dev opens; FILE.costs.json gets the measured costs, which schedule.costs takes.",
-    )
-
-    @classmethod
-    def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
-        """As for every section; and `name: file` needs the file."""
-        problems = super().contradictions(values, given)
-        if values.get("name") == "file" and values.get("file", "none") == "none":
-            problems.append("schedule.file: name is file, and there is none; give the path of a schedule's text form")
-        return problems
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary(Section):
-    """Output layer and loss of large vocabularies."""
-
-    NAME: ClassVar[str] = "vocabulary"
-    KEY: ClassVar[str] = "fused_loss"
-
-    fused_loss: bool = option(
-        Switch(),
-        False,
-        "Compute output layer and cross entropy together, chunk by chunk of the vocabulary, so that the logits are "
-        "never in memory; one matrix product of three is done twice. Requests for logits are answered as before.",
-    )
-    loss_chunk: int | Literal["auto"] = option(
-        Auto(Count(least=1)),
-        "auto",
-        "Vocabulary entries per chunk, counted on one rank; tokens x loss_chunk logits are in memory at a time. auto: "
-        "96 MiB of logits, but at least 2048 entries, and always less than a quarter of the vocabulary.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,11 +152,6 @@ def options_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def _word(value: object) -> str:
-    """The value of a key, typed or as text, as files write it."""
-    return str(value).strip().lower()
-
-
 def _sections() -> dict[str, type[Section]]:
     """The section classes by name, in the order of the fields of `Config`."""
     hints = get_type_hints(Config)
@@ -463,5 +208,5 @@ def _override(raw: dict[str, dict[str, object]], overrides: Mapping[str, str], p
     for name in sections:
         mine = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
         if mine:
-            is_off = _word(mine.get(sections[name].KEY)) in _OFF
+            is_off = word(mine.get(sections[name].KEY)) in OFF
             raw[name] = {**({} if is_off else raw.get(name, {})), **mine}
