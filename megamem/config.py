@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from megamem.errors import ConfigError
+from megamem.ir.plan import PARTS, Plan
 from megamem.options import Option, options_of, parse_values, suggestion
+from megamem.planfile import read_plan
 from megamem.sections import OFF, SCHEDULES, Activations, Scheduling, Section, Vocabulary, word
 from megamem.table import TableRow
 from megamem.yamlfile import read_block
@@ -42,26 +44,34 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole configuration: one section per capability, each off unless asked for."""
+    """The whole configuration: one section per capability, each off unless asked for.
+
+    plan:  what the settings were made for and are expected to do, where `megamem plan` made them
+    """
 
     activations: Activations = field(default_factory=Activations)
     schedule: Scheduling = field(default_factory=Scheduling)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    plan: Plan | None = None
 
     @property
     def enabled(self) -> tuple[str, ...]:
         """The capabilities that are switched on."""
         return tuple(name for name in _sections() if getattr(self, name).is_on)
 
+    def settings(self) -> dict[str, object]:
+        """The sections, as plain values."""
+        return {name: getattr(self, name).to_dict() for name in _sections()}
+
     def to_dict(self) -> dict[str, object]:
         """The content of the `megamem:` block, as plain values; `load_config` reads it back."""
-        return {name: getattr(self, name).to_dict() for name in _sections()}
+        return {**self.settings(), **({} if self.plan is None else self.plan.to_dict())}
 
     def to_yaml(self) -> str:
         """A YAML file with this configuration; `load_config` reads it back."""
         import yaml
 
-        return str(yaml.safe_dump({"megamem": self.to_dict()}, sort_keys=False))
+        return str(yaml.safe_dump({"megamem": self.to_dict()}, sort_keys=False, width=120))
 
 
 def load_config(
@@ -71,10 +81,12 @@ def load_config(
 
     `overrides` replace single options, as `{"activations.policy": "memo"}`; they win over the source. An override
     which switches a section off also drops what the source says about that section, so that `off` always works.
+    A source that `megamem plan` made is refused where versions or the number of ranks are not those it was made for.
     Raises ConfigError with every problem there is.
     """
     block = _block_of(source)
     problems: list[str] = []
+    plan = read_plan(block, problems)
     raw = _sections_given(block, problems)
     _override(raw, overrides, problems)
     values: dict[str, dict[str, Any]] = {}
@@ -86,7 +98,7 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     made: dict[str, Any] = {name: section(**values[name]) for name, section in _sections().items()}
-    return Config(**made)
+    return Config(plan=plan, **made)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -132,12 +144,13 @@ def json_schema() -> dict[str, object]:
         }
         for name, section in _sections().items()
     }
+    plan = {name: {"type": "object", "description": "Written by megamem plan; see megamem.ir.plan."} for name in PARTS}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "megamem configuration",
         "type": "object",
         "required": ["megamem"],
-        "properties": {"megamem": {"type": "object", "additionalProperties": False, "properties": block}},
+        "properties": {"megamem": {"type": "object", "additionalProperties": False, "properties": block | plan}},
     }
 
 
@@ -155,7 +168,7 @@ def options_table() -> str:
 def _sections() -> dict[str, type[Section]]:
     """The section classes by name, in the order of the fields of `Config`."""
     hints = get_type_hints(Config)
-    return {item.name: hints[item.name] for item in dataclasses.fields(Config)}
+    return {item.name: hints[item.name] for item in dataclasses.fields(Config) if item.name != "plan"}
 
 
 def _dest(section: str, item: Option) -> str:
@@ -166,7 +179,8 @@ def _block_of(source: str | Path | Mapping[str, object] | Config | None) -> Mapp
     if source is None:
         return {}
     if isinstance(source, Config):
-        return {name: getattr(source, name).given() for name in _sections()}
+        plan = {} if source.plan is None else source.plan.to_dict()
+        return {**{name: getattr(source, name).given() for name in _sections()}, **plan}
     if isinstance(source, (str, Path)):
         return read_block(Path(source))
     if not isinstance(source, Mapping):
@@ -182,6 +196,8 @@ def _sections_given(block: Mapping[str, object], problems: list[str]) -> dict[st
     sections = _sections()
     raw: dict[str, dict[str, object]] = {}
     for name, content in block.items():
+        if name in PARTS:
+            continue
         if name not in sections:
             owner = next((s for s, cls in sections.items() if name in {item.name for item in options_of(cls)}), None)
             hint = f"did you mean '{owner}.{name}'?" if owner else suggestion(str(name), sections)

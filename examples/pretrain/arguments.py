@@ -151,6 +151,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     problems += [*_batch_problems(args), *_file_problems(args), *_compare_problems(args, config)]
     if not problems:
         problems += plan_pipeline(args, config)
+    if not problems:
+        problems += _plan_problems(args, config)
     if problems:
         # All ranks see the same flags; one of them says so.
         text = "\n".join(f"pretrain_gpt.py: error: {problem}" for problem in problems)
@@ -282,6 +284,25 @@ def _pipeline_problems(args: argparse.Namespace, config: Config) -> list[str]:
             f"{args.num_microbatches} microbatches are not divisible by the {pp} interleaved pipeline ranks"
         )
     return problems
+
+
+def _plan_problems(args: argparse.Namespace, config: Config) -> list[str]:
+    """Why the plan that --megamem names, if it is one, was made for another job."""
+    if config.plan is None:
+        return []
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "swiglu", "normalization")
+    found = {name: vars(args)[name] for name in sizes} | {"num_query_groups": args.kv_heads}
+    if args.num_experts is None:
+        found["ffn_hidden_size"] = args.ffn_hidden_size
+    layout = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "expert": args.expert_model_parallel_size,
+        "chunks": args.virtual_stages or 1,
+    }
+    made_for = config.plan.made_for
+    return [*made_for.layout_problems(layout), *made_for.model_problems(found)]
 
 
 def _batch_problems(args: argparse.Namespace) -> list[str]:

@@ -34,6 +34,7 @@ from megamem.integrations.capability import Capability, CapabilityReport, agree,
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, plan_ahead
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
+from megamem.integrations.plan_check import check_layout, check_model
 from megamem.integrations.report import ActivationReport, Report
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
 from megamem.integrations.vocabulary import FusedLoss
@@ -70,6 +71,8 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
         raise MissingPackage('megamem.enable needs megatron-core; pip install "megamem[train]"') from error
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("call megamem.enable after megatron.core.parallel_state.initialize_model_parallel")
+    if loaded.plan is not None:
+        check_layout(loaded.plan, parallel_state)
     planned = plan_ahead(loaded.schedule) if loaded.schedule.is_on else None  # before the first collective
     host_nbytes = _agreed_host_memory(loaded, parallel_state) if loaded.activations.is_on else 0
     session = Session(loaded, host_nbytes, device, planned)
@@ -168,6 +171,8 @@ class Session(AbstractSession):
     def _begin(self, model: Any) -> None:
         """Once, before the first step: UnsupportedError on every rank if the model of any does not go with it."""
         chunks = model if isinstance(model, list) else [model]
+        if self.config.plan is not None:
+            check_model(self.config.plan, chunks)
         if self.capabilities:
             refuse_together(self.capabilities, chunks)
         for capability in self.capabilities:

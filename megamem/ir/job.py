@@ -1,0 +1,206 @@
+"""A training job in numbers: a model, how it is laid out over ranks, and what one step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megamem.ir.model import Model
+
+SPECS = ("transformer_engine", "local")
+RECOMPUTATIONS = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How ranks share the work. world size = tensor x context x pipeline x data.
+
+    chunks:         model chunks per pipeline rank (Megatron's virtual pipeline size)
+    expert:         ranks, out of context x data (x tensor / expert_tensor), that share the experts
+    expert_tensor:  tensor parallelism inside the experts; 0: as elsewhere, which is Megatron's default
+    distributed_optimizer:  optimizer states, and fp32 weights, are divided over the data-parallel ranks
+    """
+
+    tensor: int = 1
+    sequence_parallel: bool = False
+    context: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    expert: int = 1
+    expert_tensor: int = 0
+    data: int = 1
+    distributed_optimizer: bool = True
+
+    FLAGS: ClassVar[dict[str, str]] = {
+        "tensor": "--tensor-model-parallel-size",
+        "context": "--context-parallel-size",
+        "pipeline": "--pipeline-model-parallel-size",
+        "chunks": "--num-virtual-stages-per-pipeline-rank",
+        "expert": "--expert-model-parallel-size",
+        "expert_tensor": "--expert-tensor-parallel-size",
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "context", "pipeline", "chunks", "expert", "data"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def experts_tensor(self) -> int:
+        """Tensor parallelism inside the experts."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts: what the optimizer states of experts are divided over."""
+        return max(1, self.world_size // (self.pipeline * self.expert * self.experts_tensor))
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts into which the tokens between two layers are divided: context, and tensor where it is by sequence."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+    def text(self) -> str:
+        """`TP 8 x PP 4 x DP 2`, leaving out what is 1."""
+        parts = [("TP", self.tensor), ("CP", self.context), ("PP", self.pipeline), ("EP", self.expert)]
+        words = [f"{name} {size}" for name, size in parts if size > 1]
+        if self.chunks > 1:
+            words.append(f"{self.chunks} chunks")
+        return " x ".join([*words, f"DP {self.data}"] if self.data > 1 or not words else words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, and how much of it in one step.
+
+    seq_length:        tokens of one sequence, over all context-parallel ranks
+    micro_batch_size:  sequences of one microbatch on one data-parallel rank
+    bf16:              weights and activations in bf16, gradients and optimizer states in fp32; else everything in fp32
+    spec:              the layers: Transformer Engine's, or Megatron's local ones with megamem's attention and norms
+    recompute:         Megatron's own recomputation, which megamem's activation policies take the place of
+    """
+
+    model: Model
+    layout: Layout
+    seq_length: int
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    bf16: bool = True
+    spec: str = "transformer_engine"
+    recompute: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.spec not in SPECS:
+            raise ValueError(f"spec {self.spec!r} is none of {', '.join(SPECS)}")
+        if self.recompute not in RECOMPUTATIONS:
+            raise ValueError(f"recompute {self.recompute!r} is none of {', '.join(RECOMPUTATIONS)}")
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches that one pipeline works off in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.layout.data)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch between two layers on one rank: s * b over the ranks that divide the sequence."""
+        return self.seq_length * self.micro_batch_size // self.layout.sequence_shards
+
+    def problems(self) -> list[str]:
+        """What Megatron-Core would not run: the flag, the reason and a setting that works, one sentence each."""
+        return [*_model_problems(self), *_expert_problems(self), *_batch_problems(self)]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`; the smaller of two."""
+    divisors = [size for size in range(1, number + 1) if number % size == 0]
+    return min(divisors, key=lambda size: (abs(size - wanted), size))
+
+
+def _model_problems(job: Job) -> list[str]:
+    model, layout = job.model, job.layout
+    problems = []
+    if model.num_attention_heads % layout.tensor:
+        problems.append(
+            f"--tensor-model-parallel-size {layout.tensor} does not divide {model.num_attention_heads} attention "
+            f"heads; use {nearest_divisor(model.num_attention_heads, layout.tensor)}"
+        )
+    elif model.latent is None and model.num_query_groups % layout.tensor and layout.tensor % model.num_query_groups:
+        problems.append(
+            f"--tensor-model-parallel-size {layout.tensor} neither divides nor is divided by "
+            f"{model.num_query_groups} query groups; use {nearest_divisor(model.num_query_groups, layout.tensor)}"
+        )
+    stages = layout.pipeline * layout.chunks
+    if model.num_layers % stages:
+        fitting = nearest_divisor(model.num_layers // layout.pipeline or 1, layout.chunks)
+        remedy = (
+            f"use --num-virtual-stages-per-pipeline-rank {fitting}"
+            if model.num_layers % layout.pipeline == 0
+            else f"use --pipeline-model-parallel-size {nearest_divisor(model.num_layers, layout.pipeline)}"
+        )
+        problems.append(
+            f"{model.num_layers} layers cannot be divided by {layout.pipeline} pipeline ranks x {layout.chunks} "
+            f"chunks; {remedy}"
+        )
+    if layout.sequence_parallel and layout.tensor == 1:
+        problems.append("--sequence-parallel has no effect without tensor parallelism; leave it out")
+    if job.spec == "local" and layout.context > 1:
+        problems.append(
+            f"--context-parallel-size {layout.context} needs --transformer-impl transformer_engine: the local "
+            "layers' attention sees its own rank's tokens only"
+        )
+    return problems
+
+
+def _expert_problems(job: Job) -> list[str]:
+    experts, layout = job.model.experts, job.layout
+    if experts is None:
+        if layout.expert > 1:
+            return [f"--expert-model-parallel-size {layout.expert} needs a model with experts; use 1"]
+        return []
+    problems = []
+    if experts.num_experts % layout.expert:
+        problems.append(
+            f"--expert-model-parallel-size {layout.expert} does not divide {experts.num_experts} experts; use "
+            f"{nearest_divisor(experts.num_experts, layout.expert)}"
+        )
+    ranks = layout.world_size // layout.pipeline
+    if ranks % (layout.expert * layout.experts_tensor):
+        problems.append(
+            f"--expert-model-parallel-size {layout.expert} x expert tensor parallel {layout.experts_tensor} does not "
+            f"divide the {ranks} ranks of a pipeline stage; use {nearest_divisor(ranks, layout.expert)}"
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        problems.append("experts with tensor parallelism need --sequence-parallel; add it")
+    return problems
+
+
+def _batch_problems(job: Job) -> list[str]:
+    layout, problems = job.layout, []
+    unit = job.micro_batch_size * layout.data
+    if job.global_batch_size % unit:
+        problems.append(
+            f"--global-batch-size {job.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{job.micro_batch_size} x {layout.data} data-parallel ranks; use "
+            f"{max(1, round(job.global_batch_size / unit)) * unit}"
+        )
+    # Ring attention balances causal work by giving every rank one chunk from the front and one from the back.
+    parts = layout.sequence_shards * (2 if layout.context > 1 else 1)
+    if job.seq_length % parts:
+        problems.append(
+            f"--seq-length {job.seq_length} is not divisible by {parts} (context x tensor parallel shards"
+            f"{', two chunks each' if layout.context > 1 else ''}); use {-(-job.seq_length // parts) * parts}"
+        )
+    return problems
