@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import metadata
 
 from megamem.ir.plan import PARTS, Plan, parse_plan
 from megamem.ir.record import RecordError
@@ -31,6 +30,8 @@ def read_plan(block: Mapping[str, object], problems: list[str]) -> Plan | None:
 
 def installed(package: str) -> str | None:
     """The version of an installed package, without importing it."""
+    from importlib import metadata  # slow to load
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
