@@ -20,7 +20,7 @@ from megamem.errors import ConfigError
 from megamem.ir.plan import PARTS, Plan
 from megamem.options import Option, options_of, parse_values, suggestion
 from megamem.planfile import read_plan
-from megamem.sections import OFF, SCHEDULES, Activations, Scheduling, Section, Vocabulary, word
+from megamem.sections import OFF, SCHEDULES, Activations, Allocator, Scheduling, Section, Vocabulary, word
 from megamem.table import TableRow
 from megamem.yamlfile import read_block
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEDULES",
     "Activations",
+    "Allocator",
     "Config",
     "Scheduling",
     "TableRow",
@@ -52,6 +53,7 @@ class Config:
     activations: Activations = field(default_factory=Activations)
     schedule: Scheduling = field(default_factory=Scheduling)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    allocator: Allocator = field(default_factory=Allocator)
     plan: Plan | None = None
 
     @property

@@ -224,6 +224,29 @@ class Bytes:
         return {"type": "string", "pattern": r"^(auto|[0-9]+(\.[0-9]+)? ?(" + "|".join(_UNITS) + "))$"}
 
 
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)?$")
+_SECONDS = {None: 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A time above 0, with its unit; the value is in seconds."""
+
+    metavar = "60s"
+
+    def parse(self, raw: object) -> float:
+        match = None if isinstance(raw, bool) else _DURATION.match(str(raw).strip())
+        if match is None or float(match[1]) == 0:
+            raise Invalid(f"{raw!r} is no time; give one above 0 with its unit, such as 500ms, 60s or 5min")
+        return float(match[1]) * _SECONDS[match[2]]
+
+    def plain(self, value: float) -> str:
+        return f"{value:g}s"
+
+    def schema(self) -> dict[str, object]:
+        return {"type": ["string", "number"], "pattern": r"^[0-9]+(\.[0-9]+)? ?(ms|s|min|m|h)?$"}
+
+
 @dataclass(frozen=True)
 class Auto:
     """Another kind of value, or `auto`."""
@@ -281,9 +304,9 @@ class Limit:
 
 @dataclass(frozen=True)
 class File:
-    """The path of a file, or `none`. It is opened when it is needed."""
+    """The path of a file, or of what else the metavar says, or `none`. It is opened when it is needed."""
 
-    metavar = "FILE|none"
+    metavar: str = "FILE|none"
 
     def parse(self, raw: object) -> str:
         if not isinstance(raw, (str, os.PathLike)) or not os.fspath(raw):

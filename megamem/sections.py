@@ -14,7 +14,20 @@ from typing import Any, ClassVar, Literal
 
 from megamem.errors import ConfigError
 from megamem.ir.activation import TENSORS
-from megamem.options import Auto, Bytes, Choice, Count, File, Limit, Share, Switch, option, options_of, parse_values
+from megamem.options import (
+    Auto,
+    Bytes,
+    Choice,
+    Count,
+    Duration,
+    File,
+    Limit,
+    Share,
+    Switch,
+    option,
+    options_of,
+    parse_values,
+)
 from megamem.table import Table, TableRow
 
 OFF = ("off", "false")
@@ -248,6 +261,52 @@ class Vocabulary(Section):
         "auto",
         "Vocabulary entries per chunk, counted on one rank; tokens x loss_chunk logits are in memory at a time. auto: "
         "96 MiB of logits, but at least 2048 entries, and always less than a quarter of the vocabulary.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocator(Section):
+    """An exact plan for the memory of a training step, and an arena that keeps to it."""
+
+    NAME: ClassVar[str] = "allocator"
+    KEY: ClassVar[str] = "mode"
+
+    mode: Literal["off", "static"] = option(
+        Choice(("off", "static")),
+        "off",
+        "static: record some steps, plan where each of their requests for memory lies, and serve the steps that follow "
+        "from one reserved arena. What the plan does not foresee goes to PyTorch's own allocator and is counted.",
+    )
+    profile_steps: int = option(
+        Count(least=1),
+        2,
+        "Steps to record before the plan is made, after one to warm up. Of several, the latest end of each buffer "
+        "counts: Python frees some of them a little earlier or later each time.",
+    )
+    solver: Literal["auto", "greedy", "bilevel", "exact", "mip"] = option(
+        Choice(("auto", "greedy", "bilevel", "exact", "mip")), "auto", "As of `megamem solve`."
+    )
+    time_limit: float = option(
+        Duration(),
+        60.0,
+        "For the plan of one kind of step. All ranks wait; most plans are within 0.1 % of the lower bound, which is "
+        "enough, in less than a second.",
+    )
+    min_size: int | Literal["auto"] = option(
+        Bytes(),
+        "auto",
+        "Smaller requests are left to PyTorch's own allocator. auto: 1 MiB on GPUs, which is where its pool of small "
+        "blocks ends; 1 KiB on CPUs.",
+    )
+    plans: str | Literal["none"] = option(
+        File("FOLDER|none"),
+        "none",
+        "Keep the plans in this folder, and use those that are there already, so that a restarted job need not record.",
+    )
+    poison: bool = option(
+        Switch(),
+        False,
+        "For debugging: fill what is free of the arena with NaN, so that a read of memory that nobody wrote to shows.",
     )
 
 

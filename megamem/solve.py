@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError
+from megamem.options import Duration, Invalid
 
 if TYPE_CHECKING:
     from megamem.planner.allocation.solver import Outcome, Progress
 
-_TIME = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)?$")
-_SECONDS = {None: 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _AMOUNT = re.compile(r"^(\d+(?:\.\d+)?(?=\s*[KMGT])|\d+)\s*(KiB|MiB|GiB|TiB)?$")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _EPILOG = """PROBLEM.csv has the columns id,lower,upper,size of MiniMalloc: buffers of `size` bytes, live from
@@ -127,12 +126,10 @@ def _draw(path: str, name: str, outcome: Outcome) -> None:
 
 
 def _seconds(text: str) -> float:
-    match = _TIME.match(text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(
-            f"--time-limit: {text!r} is no time; give one above 0 with its unit, such as 500ms, 60s or 5min"
-        )
-    return float(match[1]) * _SECONDS[match[2]]
+    try:
+        return Duration().parse(text)
+    except Invalid as invalid:
+        raise ConfigError([f"--time-limit: {reason}" for _, reason in invalid.reasons]) from None
 
 
 def _nbytes(text: str | None) -> int | None:

@@ -20,6 +20,7 @@ GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "activations.layers": transformer_layer.PATCHES,
     "schedule": (*schedules.PATCHES, *layers.PATCHES),
     "vocabulary": schedules.PATCHES,
+    "allocator": schedules.PATCHES,
     "vocabulary.loss": (*gpt_model.LOSS_PATCHES, *language_module.LOSS_PATCHES),
     "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),
 }

@@ -11,7 +11,7 @@ others wait in a collective for ever.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,8 +33,8 @@ class Capability(ABC):
     """One section of the configuration, switched on in one process.
 
     In the order in which a run calls them: `patches`, `on_layer_built`, `problems`, `adopt`, then for each step
-    `run_step` and `end_step` (or `abandon_step`), after the first training step `is_live`, at any time `report`, at the
-    end `close`. A method that a capability does not need is left as it is here.
+    `begin_step`, `run_step` and `end_step` (or `abandon_step`), after the first training step `is_live`, at any time
+    `report`, at the end `close`. A method that a capability does not need is left as it is here.
     """
 
     SECTION: ClassVar[str]  # of the configuration; `patches.GROUPS` has what bounds its steps by the same name
@@ -55,6 +55,9 @@ class Capability(ABC):
 
     def adopt(self, chunks: Sequence[Module]) -> None:  # noqa: B027
         """Before the first step, when no rank has found a problem."""
+
+    def begin_step(self, arguments: Mapping[str, Any], *, trains: bool) -> None:  # noqa: B027
+        """A step is about to begin; `arguments` are what the trainer gave Megatron's forward-backward function."""
 
     def run_step(self, step: Callable[[], Any], *, trains: bool) -> Any:
         """Run one forward-backward step over all microbatches; `trains` is false in evaluation."""

@@ -30,6 +30,7 @@ from megamem.config import Activations, Config, load_config
 from megamem.errors import ConfigError, MissingPackage, UnsupportedError
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
+from megamem.integrations.allocator import PlannedMemory
 from megamem.integrations.capability import Capability, CapabilityReport, agree, refuse_together, require_live
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, plan_ahead
@@ -45,12 +46,14 @@ from megamem.planner.schedules.plan import PlannedSchedule
 from megamem.runtime.activations.engine import ActivationEngine
 from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.streams import AbstractDevice, HostDevice
+from megamem.runtime.arena import StaticAllocator
 from megamem.runtime.session import AbstractSession
 
 _LOG = logging.getLogger("megamem")
 
 CAPABILITIES: Mapping[str, Callable[[Config], Capability]] = {
     "vocabulary": lambda config: FusedLoss(config.vocabulary),
+    "allocator": lambda config: PlannedMemory(config.allocator),
 }
 """What makes the capability of a section that is switched on; `activations` and `schedule` are the session's own."""
 
@@ -153,10 +156,13 @@ class Session(AbstractSession):
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trains = not kwargs.get("forward_only", False)
+        arguments = inspect.signature(step).bind(*args, **kwargs).arguments
         if not self._has_begun:
             self._has_begun = True
-            self._begin(inspect.signature(step).bind(*args, **kwargs).arguments["model"])
+            self._begin(arguments["model"])
         try:
+            for capability in self.capabilities:
+                capability.begin_step(arguments, trains=trains)
             result = self._around(step, args, kwargs, trains)()
         except BaseException:
             if self.engine is not None:
@@ -267,6 +273,12 @@ class Handle:
         """What computes the losses of this rank, where they are to need no logits."""
         items = () if self._session is None else self._session.capabilities
         return next((item for item in items if isinstance(item, FusedLoss)), None)
+
+    @property
+    def allocator(self) -> StaticAllocator | None:
+        """What serves the memory of this rank's steps, from the first of them on, where a static plan is asked for."""
+        items = () if self._session is None else self._session.capabilities
+        return next((item.allocator for item in items if isinstance(item, PlannedMemory)), None)
 
     def building(self, chunk: int) -> AbstractContextManager[None]:
         """Surround what builds chunk `chunk` of the model: under a V placement Megatron then takes it for its stage."""

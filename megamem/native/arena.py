@@ -14,16 +14,11 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from megamem.errors import AllocationError, NativeError
 from megamem.native import load
-
-NATIVE = -1
-"""In place of an offset: the native allocator serves the request."""
-OPTIONAL = -2
-"""The same, and the request may also not come."""
 
 FATES = ("served", "unplanned", "missed", "conflict", "small", "elsewhere")
 """What can become of a request while a plan is served; the core's header says what each means."""
@@ -74,6 +69,16 @@ class ArenaCounters:
             **dict(zip(_TOTALS, numbers[2 * n :], strict=True)),
         )
 
+    def since(self, before: ArenaCounters) -> ArenaCounters:
+        """What was counted since then; live_nbytes, peak_nbytes, capacity and num_retired as they are now."""
+        counted = ("num_losses", "num_deferred", "num_stained", "num_unknown", "num_dropped")
+        return replace(
+            self,
+            requests={fate: count - before.requests[fate] for fate, count in self.requests.items()},
+            nbytes={fate: count - before.nbytes[fate] for fate, count in self.nbytes.items()},
+            **{name: getattr(self, name) - getattr(before, name) for name in counted},
+        )
+
 
 class Event(NamedTuple):
     """One line of the log. `kind`: malloc, free, use (of `address` by a second `stream`), step."""
@@ -111,7 +116,7 @@ class ArenaCore:
         self._library.megamem_arena_destroy(self._handle)
 
     def load(self, plan: int, sizes: Sequence[int], offsets: Sequence[int], *, min_size: int = 0) -> None:
-        """Plan number `plan`: request i has sizes[i] bytes (0: any) and lies at offsets[i], or is NATIVE or OPTIONAL.
+        """Plan number `plan`: request i has sizes[i] bytes and lies at offsets[i], as in an `ArenaPlan`.
 
         Requests below `min_size` bytes are not part of the sequence. Raises AllocationError for a plan that cannot be.
         """
@@ -174,9 +179,14 @@ class ArenaCore:
         """Log every malloc and free from now on, after emptying the log; None ends it."""
         self._library.megamem_arena_watch(self._handle, int(max_events is not None), max_events or 0)
 
+    @property
+    def num_events(self) -> int:
+        """Lines in the log."""
+        return int(self._library.megamem_arena_num_events(self._handle))
+
     def events(self) -> list[Event]:
         """What the log holds."""
-        count = self._library.megamem_arena_num_events(self._handle)
+        count = self.num_events
         cells = array("q", bytes(5 * 8 * count))
         count = self._library.megamem_arena_read_events(self._handle, cells.buffer_info()[0], count)
         rows = cells[: 5 * count]
@@ -212,10 +222,9 @@ class ArenaCore:
 
 
 def align(reference: Sequence[int], other: Sequence[int]) -> list[int]:
-    """Where a sequence of sizes follows another: the place of other[i] in `reference`, or -1.
+    """Where a sequence of sizes follows another: the place of other[i] in `reference`, rising, or -1.
 
-    Between two matches, requests that are as many on both sides are matched one by one, whatever their sizes.
-    Raises NativeError where the core cannot be built.
+    The sizes at a place may differ: it is then the same request as far as its neighbours tell. Raises NativeError where the core cannot be built.
     """
     index = (ctypes.c_int32 * max(len(other), 1))()
     columns: list[Any] = []

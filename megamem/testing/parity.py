@@ -27,12 +27,13 @@ SEED = 1234
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Outcome of a few steps on this rank; `engine` is None without megamem."""
+    """Outcome of a few steps on this rank; `engine` and `report` are None without megamem."""
 
     losses: list[float]
     gradients: dict[str, Tensor]
     engine: ActivationEngine | None
     random_state: Any
+    report: Any = None
 
     def differences(self, other: "Trained") -> list[str]:
         """What is not bitwise equal: names of gradients with their relative error, `losses`, `random state`."""
@@ -77,9 +78,11 @@ def train(
     prepare: Callable[[list[Module]], None] | None = None,
     build: Callable[[], list[Module]] | None = None,
     make_optimizer: Callable[[list[Module]], Any] | None = None,
+    sections: Mapping[str, Mapping[str, object]] = {},
     **options: Any,
 ) -> Trained:
-    """Build the model and train it; `activations` is the configuration section, None stock Megatron.
+    """Build the model and train it; `activations` is the configuration section, `sections` are further ones, without
+    any of which it is stock Megatron.
 
     `prepare(chunks)` may change the model before the first step; `build` and `make_optimizer(chunks)` make them
     in another way; `options` go to `train_steps`.
@@ -87,8 +90,9 @@ def train(
     seed_everything()
     with contextlib.ExitStack() as stack:
         handle = None
-        if activations is not None:
-            handle = stack.enter_context(enable({"activations": dict(activations)}, device=device))
+        if activations is not None or sections:
+            config = {**sections, "activations": dict(activations or {})}
+            handle = stack.enter_context(enable(config, device=device))
         chunks = build_gpt(case) if build is None else build()
         if prepare is not None:
             prepare(chunks)
@@ -100,4 +104,5 @@ def train(
             gradients=gradients,
             engine=None if handle is None else handle.engine,
             random_state=compat.random_state(),
+            report=None if handle is None else handle.report(),
         )

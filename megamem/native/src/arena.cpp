@@ -90,6 +90,7 @@ void Arena::reset() {
   current_ = -1;
   plan_ = nullptr;
   plans_.clear();
+  counters_[MEGAMEM_PEAK_BYTES] = 0;
   poll();
   retire();
   update_active();

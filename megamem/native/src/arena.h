@@ -34,32 +34,34 @@ struct Planned {
 };
 
 // The place of a sequence of sizes in a plan. While in step, request n of the step is request n of the plan. After a
-// difference the sizes are compared with what lies ahead, and kRun of them in a row put it back in step.
+// difference, the sizes that come are compared with those around the place where the plan would be if as many requests
+// had been others; the farther from there, the more of them in a row must agree to put it back in step.
 class Matcher {
  public:
-  static constexpr size_t kRun = 3;          // equal sizes that put it back in step
-  static constexpr size_t kReach = 8192;     // how far ahead they are looked for
-  static constexpr size_t kLooks = 1 << 14;  // how often in a step; then the rest of it is left alone
+  static constexpr int64_t kReach = 8192;           // how far from the expected place it looks
+  static constexpr int64_t kLooks = int64_t{1} << 22;  // places to look at in a step; then the rest is left alone
+  static constexpr size_t kMostRun = 16;
 
   explicit Matcher(const std::vector<Planned>* plan = nullptr) : plan_(plan) {}
 
   // The index of the request in the plan, or -1.
   int64_t next(int64_t size);
-  // After a next() that put it back in step: how many requests before it were matched by hindsight.
-  size_t hindsight() const { return hindsight_; }
-  bool is_lost() const { return lost_; }
   uint64_t losses() const { return losses_; }
 
  private:
-  bool takes(size_t at, int64_t size) const { return (*plan_)[at].size == size || (*plan_)[at].size == 0; }
-  bool ends_run(size_t at) const;
+  bool takes(int64_t at, int64_t size) const { return (*plan_)[static_cast<size_t>(at)].size == size || is_any(at); }
+  bool is_any(int64_t at) const { return (*plan_)[static_cast<size_t>(at)].size == 0; }
+  static int64_t needed_run(int64_t distance) { return distance == 0 ? 2 : distance <= 256 ? 4 : kMostRun; }
+  int64_t find_in_step(int64_t size) const;
   int64_t find_way_back();
+  bool ends_run(int64_t at, int64_t length) const;
 
   const std::vector<Planned>* plan_;
-  size_t at_ = 0;
+  int64_t at_ = 0;    // the next request of the plan; while lost, the one where it was lost
   bool lost_ = false;
-  size_t looks_ = kLooks, hindsight_ = 0;
-  std::vector<int64_t> recent_;  // sizes since it was lost
+  int64_t since_ = 0;  // requests since it was lost
+  int64_t looks_ = kLooks;
+  int64_t recent_[kMostRun] = {};  // sizes since it was lost, by their number modulo kMostRun
   uint64_t losses_ = 0;
 };
 
@@ -194,9 +196,9 @@ class Arena {
 // The arena behind a handle of the C interface.
 Arena* arena_of(megamem_arena* handle);
 
-// Where `other` follows `reference`: index[i] is the place of other[i] in it, or -1. What lies between two matches, as
-// many requests on both sides, is matched one by one, whatever the sizes.
-void align(const std::vector<Planned>& reference, const int64_t* other, int32_t n, int32_t* index);
+// Where `other` follows `reference`: index[i] is the place of other[i] in it, rising, or -1 for what was put in.
+// A place may have another size: it is then the same request as far as its neighbours tell.
+void align(int32_t num_reference, const int64_t* reference, int32_t num_other, const int64_t* other, int32_t* index);
 
 }  // namespace megamem
 

@@ -126,9 +126,7 @@ void* megamem_arena_base(megamem_arena* arena) { return arena->arena.base(); }
 int32_t megamem_align(int32_t num_reference, const int64_t* reference, int32_t num_other, const int64_t* other,
                       int32_t* index) {
   return guarded<>(static_cast<int32_t>(MEGAMEM_NO_ROOM), [&] {
-    std::vector<megamem::Planned> plan(static_cast<size_t>(num_reference));
-    for (size_t i = 0; i < plan.size(); ++i) plan[i].size = reference[i];
-    megamem::align(plan, other, num_other, index);
+    megamem::align(num_reference, reference, num_other, other, index);
     return static_cast<int32_t>(MEGAMEM_OK);
   });
 }

@@ -8,71 +8,69 @@ namespace megamem {
 
 int64_t Matcher::next(int64_t size) {
   if (plan_ == nullptr) return -1;
+  int64_t at = -1;
   if (!lost_) {
-    size_t at = at_;
-    while (at < plan_->size() && !takes(at, size) && (*plan_)[at].offset == MEGAMEM_OPTIONAL) ++at;
-    if (at < plan_->size() && takes(at, size)) {
-      at_ = at + 1;
-      return static_cast<int64_t>(at);
+    at = find_in_step(size);
+    if (at < 0) {
+      lost_ = true;
+      since_ = 0;
+      ++losses_;
     }
-    lost_ = true;
-    ++losses_;
-    recent_.clear();
   }
-  if (looks_ == 0) return -1;
-  --looks_;
-  if (recent_.size() == kRun) recent_.erase(recent_.begin());
-  recent_.push_back(size);
-  return recent_.size() == kRun ? find_way_back() : -1;
+  if (lost_) {
+    recent_[static_cast<size_t>(since_) % kMostRun] = size;
+    ++since_;
+    if (looks_ > 0) at = find_way_back();
+  }
+  if (at >= 0) {
+    lost_ = false;
+    at_ = at + 1;
+  }
+  return at;
 }
 
-// Whether the recent sizes are the plan's up to `at`. Requests of any size prove nothing, so the run begins and ends
-// with known ones.
-bool Matcher::ends_run(size_t at) const {
-  const size_t begin = at + 1 - kRun;
-  if ((*plan_)[at].size != recent_.back() || (*plan_)[begin].size != recent_.front()) return false;
-  for (size_t i = 1; i + 1 < kRun; ++i) {
-    if (!takes(begin + i, recent_[i])) return false;
+// The next request, or one after it where those between may also not come; of its size before one of any size.
+int64_t Matcher::find_in_step(int64_t size) const {
+  int64_t any = -1;
+  for (int64_t at = at_; at < static_cast<int64_t>(plan_->size()); ++at) {
+    const Planned& request = (*plan_)[static_cast<size_t>(at)];
+    if (request.size == size) return at;
+    if (request.size == 0 && any < 0) any = at;
+    if (request.offset != MEGAMEM_OPTIONAL) break;
   }
-  return true;
+  return any;
+}
+
+// Whether the last `length` sizes are the plan's up to `at`. Requests of any size prove nothing, so the run ends with a
+// known one, and has another.
+bool Matcher::ends_run(int64_t at, int64_t length) const {
+  const auto recent = [this](int64_t back) { return recent_[static_cast<size_t>(since_ - 1 - back) % kMostRun]; };
+  if ((*plan_)[static_cast<size_t>(at)].size != recent(0)) return false;
+  int64_t known = 0;
+  for (int64_t back = 0; back < length; ++back) {
+    if (!takes(at - back, recent(back))) return false;
+    known += !is_any(at - back);
+  }
+  return known >= 2;
 }
 
 int64_t Matcher::find_way_back() {
-  const size_t end = std::min(plan_->size(), at_ + kReach);
-  for (size_t at = at_ + kRun - 1; at < end; ++at) {
-    if (!ends_run(at)) continue;
-    at_ = at + 1;
-    lost_ = false;
-    hindsight_ = kRun - 1;
-    return static_cast<int64_t>(at);
-  }
-  return -1;
-}
-
-void align(const std::vector<Planned>& reference, const int64_t* other, int32_t n, int32_t* index) {
-  std::fill(index, index + n, -1);
-  Matcher matcher(&reference);
-  bool was_lost = false;
-  int32_t last = -1, last_place = -1;  // the match before
-  for (int32_t i = 0; i < n; ++i) {
-    const auto place = static_cast<int32_t>(matcher.next(other[i]));
-    if (place < 0) {
-      was_lost = true;
+  const auto end = static_cast<int64_t>(plan_->size());
+  const int64_t expected = at_ + since_ - 1;
+  for (int64_t distance = 0; distance < kReach; ++distance) {
+    const int64_t run = needed_run(distance);
+    if (run > since_) {
+      if (distance > 0) break;  // it only gets longer
       continue;
     }
-    index[i] = place;
-    if (was_lost) {
-      const auto behind = static_cast<int32_t>(matcher.hindsight());
-      for (int32_t back = 1; back <= behind; ++back) index[i - back] = place - back;
-      const int32_t first = i - behind, first_place = place - behind;
-      if (first - last == first_place - last_place) {  // as many on both sides: their sizes vary
-        for (int32_t k = 1; k < first - last; ++k) index[last + k] = last_place + k;
-      }
-      was_lost = false;
+    for (const int64_t at : {expected + distance, expected - distance}) {
+      if (at >= end || at < run - 1) continue;
+      --looks_;
+      if (ends_run(at, run)) return at;
     }
-    last = i;
-    last_place = place;
+    if (expected + distance >= end && expected - distance < 0) break;
   }
+  return -1;
 }
 
 }  // namespace megamem

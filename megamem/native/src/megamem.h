@@ -142,7 +142,8 @@ void megamem_arena_counters(megamem_arena* arena, int64_t* out);
 int64_t megamem_arena_blocks(megamem_arena* arena, int64_t* offset, int64_t* size, int64_t max);
 void* megamem_arena_base(megamem_arena* arena);
 
-/* Where a sequence of sizes follows another: index[i] is the place of other[i] in `reference`, or -1. */
+/* Where a sequence of sizes follows another: index[i] is the place of other[i] in `reference`, rising, or -1. A place
+ * may have another size. */
 int32_t megamem_align(int32_t num_reference, const int64_t* reference, int32_t num_other, const int64_t* other,
                       int32_t* index);
 

@@ -14,7 +14,7 @@
 
 namespace {
 
-megamem::Arena* arena_here = nullptr;   // made at the first install, and never unmade: tensors may outlive everything
+megamem::Arena* arena_here = nullptr;   // made once and never unmade: tensors may outlive everything
 c10::Allocator* native_here = nullptr;  // the allocator from before
 
 uint64_t thread_number() {
@@ -62,21 +62,23 @@ ArenaAllocator& allocator_here() {
 
 extern "C" {
 
-// The arena before the CPU allocator; installed if it is not. NULL without memory.
-megamem_arena* megamem_cpu_install(void) {
+// The arena before the CPU allocator. NULL without memory.
+megamem_arena* megamem_cpu_arena(void) {
   static megamem_arena* const arena = megamem_arena_create_host();
-  if (arena == nullptr) return nullptr;
-  if (arena_here == nullptr) {
+  if (arena != nullptr && arena_here == nullptr) {
     arena_here = megamem::arena_of(arena);
     pthread_atfork([] { arena_here->before_fork(); }, [] { arena_here->after_fork(false); },
                    [] { arena_here->after_fork(true); });
   }
-  c10::Allocator* now = c10::GetCPUAllocator();
-  if (now != &allocator_here()) {
-    native_here = now;
-    c10::SetCPUAllocator(&allocator_here(), 255);  // the highest priority, which only we can take off again
-  }
   return arena;
+}
+
+// The arena is asked first from now on; `megamem_cpu_arena` must have made it.
+void megamem_cpu_install(void) {
+  c10::Allocator* now = c10::GetCPUAllocator();
+  if (now == &allocator_here()) return;
+  native_here = now;
+  c10::SetCPUAllocator(&allocator_here(), 255);  // the highest priority, which only we can take off again
 }
 
 // The allocator from before takes new requests again; blocks of the arena stay valid.
