@@ -10,6 +10,7 @@ import pytest
 from megamem.config import (
     SCHEDULES,
     Activations,
+    Allocator,
     Config,
     Scheduling,
     TableRow,
@@ -345,7 +346,7 @@ def test_per_cent_signs_survive_argparse() -> None:
 def test_argument_names_follow_megatrons_style() -> None:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help", "--megamem"}
-    prefixes = ("--megamem-activations-", "--megamem-schedule-", "--megamem-vocabulary-")
+    prefixes = tuple(f"--megamem-{name}-" for name in Config().to_dict())
     assert all(flag.startswith(prefixes) and "_" not in flag for flag in flags)
     assert parser.parse_args([]).megamem_activations_swap_fraction is None
 
@@ -375,3 +376,15 @@ def test_a_section_can_be_switched_by_a_boolean(tmp_path: Path) -> None:
 def test_the_flag_false_always_switches_off(word: str, tmp_path: Path) -> None:
     file = str(write(tmp_path, "megamem: {vocabulary: {fused_loss: true, loss_chunk: 4096}}"))
     assert parse("--megamem", file, "--megamem-vocabulary-fused-loss", word) == Config()
+
+
+def test_the_allocator_section() -> None:
+    config = load_config({"allocator": {"mode": "static", "time_limit": "500ms", "min_size": "2MiB"}})
+    assert config.allocator == Allocator(mode="static", time_limit=0.5, min_size=2 << 20)
+    assert config.enabled == ("allocator",)
+    assert load_config(config.to_dict()) == config
+    assert parse("--megamem-allocator-mode", "static").allocator.plans == "none"
+    with pytest.raises(ConfigError, match=r"allocator.poison: has no effect with mode 'off'"):
+        load_config({"allocator": {"poison": True}})
+    with pytest.raises(ConfigError, match=r"allocator.time_limit: '0s' is no time; .* such as 500ms, 60s or 5min"):
+        load_config({"allocator": {"mode": "static", "time_limit": "0s"}})

@@ -224,7 +224,8 @@ class ArenaCore:
 def align(reference: Sequence[int], other: Sequence[int]) -> list[int]:
     """Where a sequence of sizes follows another: the place of other[i] in `reference`, rising, or -1.
 
-    The sizes at a place may differ: it is then the same request as far as its neighbours tell. Raises NativeError where the core cannot be built.
+    The sizes at a place may differ: it is then the same request as far as its neighbours tell.
+    Raises NativeError where the core cannot be built.
     """
     index = (ctypes.c_int32 * max(len(other), 1))()
     columns: list[Any] = []

@@ -24,7 +24,7 @@ void align(int32_t num_reference, const int64_t* reference, int32_t num_other, c
   const auto left = [=](int64_t i) { return (rows == 0 ? 0 : i * columns / rows) - kBand; };
   constexpr int32_t kWorst = std::numeric_limits<int32_t>::min() / 2;
   std::vector<int32_t> above(static_cast<size_t>(width), kWorst), here(above);
-  std::vector<uint8_t> steps(static_cast<size_t>((rows + 1) * width), kNone);
+  std::vector<Step> steps(static_cast<size_t>((rows + 1) * width), kNone);
   for (int64_t i = 0; i <= rows; ++i) {
     std::fill(here.begin(), here.end(), kWorst);
     for (int64_t k = 0; k < width; ++k) {
@@ -49,7 +49,7 @@ void align(int32_t num_reference, const int64_t* reference, int32_t num_other, c
   }
   for (int64_t i = rows, j = columns; i > 0 || j > 0;) {
     const int64_t k = j - left(i);
-    const uint8_t step = k >= 0 && k < width ? steps[static_cast<size_t>(i * width + k)] : kNone;
+    const Step step = k >= 0 && k < width ? steps[static_cast<size_t>(i * width + k)] : kNone;
     if (step == kNone) break;
     if (step == kBoth) index[i - 1] = static_cast<int32_t>(j - 1);
     i -= step != kSkipReference;

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t kStep = 64;      // narrowest step; smaller reads less and writes more
-constexpr int32_t kPollEvery = 256;  // placements between two polls
+constexpr int32_t kPlacementsPerPoll = 256;
 
 struct Placed {
   int64_t offset, end;
@@ -99,7 +99,7 @@ extern "C" int32_t megamem_first_fit(int32_t n, const int32_t* first, const int3
   try {
     Shelves shelves(n > 0 ? *std::max_element(last, last + n) : 1);
     for (int32_t step = 0; step < n; ++step) {
-      if (step % kPollEvery == kPollEvery - 1 && poll != nullptr && poll(static_cast<uint64_t>(step))) {
+      if (step % kPlacementsPerPoll == kPlacementsPerPoll - 1 && poll != nullptr && poll(static_cast<uint64_t>(step))) {
         return MEGAMEM_STOPPED;
       }
       const int32_t i = order[step];
