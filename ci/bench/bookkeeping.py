@@ -93,11 +93,11 @@ class WatchedDevice(AbstractDevice):
     def host_buffer(self, nbytes: int) -> Tensor:
         return self._real.host_buffer(nbytes)
 
-    def claim_host(self, memory: Tensor) -> None:
-        self._real.claim_host(memory)
+    def claim_host(self, block: Tensor, start: int, nbytes: int) -> None:
+        self._real.claim_host(block, start, nbytes)
 
-    def release_host(self, memory: Tensor, after: AbstractEvent | None) -> None:
-        self._real.release_host(memory, after)
+    def release_host(self, block: Tensor, start: int, nbytes: int, after: AbstractEvent | None) -> None:
+        self._real.release_host(block, start, nbytes, after)
 
     def stall_ms(self) -> float:
         return 0.0

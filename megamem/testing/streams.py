@@ -294,7 +294,8 @@ class SimulatedDevice(AbstractDevice):
         self._region(memory).is_mentioned = True
         return memory
 
-    def claim_host(self, memory: Tensor) -> None:
+    def claim_host(self, block: Tensor, start: int, nbytes: int) -> None:
+        memory = block[start : start + nbytes]
         key, start, stop = place = _place(memory)
         for other, first, last in self._claims:
             if other == key and first < stop and start < last:
@@ -307,7 +308,8 @@ class SimulatedDevice(AbstractDevice):
         ]
         self._region(memory).forget_contents(start, stop)
 
-    def release_host(self, memory: Tensor, after: AbstractEvent | None) -> None:
+    def release_host(self, block: Tensor, start: int, nbytes: int, after: AbstractEvent | None) -> None:
+        memory = block[start : start + nbytes]
         assert after is None or isinstance(after, SimulatedEvent)
         if self._claims.pop(_place(memory), None) is None:
             raise RaceError(f"host bytes {_span(memory)} have no tenant that could leave")

@@ -69,7 +69,7 @@ def test_a_tensor_comes_back_from_the_compact_copy_of_its_region() -> None:
         tensor = _view(random.Random(seed))
         region = region_of(tensor)
         assert region is not None
-        flat = compact(tensor, region)
+        flat = compact(tensor, region.dims)
         assert flat.is_contiguous() and flat.numel() == tensor.numel()
         assert torch.equal(Geometry.of(tensor, region).view(flat.clone()), tensor), seed
 
@@ -83,7 +83,7 @@ def test_every_view_of_the_same_memory_has_the_same_region_and_comes_back_from_o
         other = other.unsqueeze(dim) if rng.random() < 0.5 else other.unflatten(dim, (1, other.shape[dim]))
         region = region_of(tensor)
         assert region is not None and region == region_of(other), seed
-        flat = compact(tensor, region).clone()
+        flat = compact(tensor, region.dims).clone()
         assert torch.equal(Geometry.of(other, region).view(flat), other), seed
 
 
@@ -108,7 +108,7 @@ def test_a_permuted_geometry_is_that_of_the_permuted_tensor() -> None:
         order = tuple(rng.sample(range(tensor.dim()), tensor.dim()))
         region = region_of(tensor)
         assert region is not None
-        flat = compact(tensor, region)
+        flat = compact(tensor, region.dims)
         assert torch.equal(Geometry.of(tensor, region).permuted(order).view(flat), tensor.permute(order)), seed
 
 
@@ -132,7 +132,7 @@ def test_an_expanded_dimension_of_size_one_is_no_obstacle() -> None:
     region = region_of(tensor)
     assert region is not None
     assert torch.equal(
-        Geometry(tuple(tensor.shape), compact_strides(tensor, region)).view(compact(tensor, region)), tensor
+        Geometry(tuple(tensor.shape), compact_strides(tensor, region)).view(compact(tensor, region.dims)), tensor
     )
 
 

@@ -135,7 +135,7 @@ class ShrunkDevice:
     def host_buffer(self, nbytes: int) -> Tensor:
         return torch.zeros(min(nbytes, self.nbytes), dtype=torch.uint8)
 
-    def claim_host(self, memory: Tensor) -> None: ...
+    def claim_host(self, block: Tensor, start: int, nbytes: int) -> None: ...
 
 
 @pytest.mark.parametrize("given", [0, 511, 2000])
@@ -172,6 +172,6 @@ def test_an_arena_of_nothing() -> None:
 def test_the_simulator_sees_overlapping_tenants() -> None:
     device = SimulatedDevice()
     memory = device.host_buffer(4096)
-    device.claim_host(memory[:1024])
+    device.claim_host(memory, 0, 1024)
     with pytest.raises(RaceError, match="tenant"):
-        device.claim_host(memory[512:1536])
+        device.claim_host(memory, 512, 1024)

@@ -41,7 +41,7 @@ def test_copies_there_and_back(build: type[AbstractDevice]) -> None:
     source.copy_(torch.arange(1000.0))
     host = device.host_buffer(1 << 16)
     claimed = host[512 : 512 + 4000]
-    device.claim_host(claimed)
+    device.claim_host(claimed, 0, claimed.numel())
     device.to_host.wait(device.compute.record())
     device.to_host.copy(claimed, source.view(torch.uint8))
     stored = device.to_host.record()
@@ -82,7 +82,7 @@ def test_the_latest_policy_copies_only_when_forced() -> None:
     device = SimulatedDevice(policy="latest")
     first, second = torch.ones(4), torch.ones(4)
     host = device.host_buffer(4096)
-    device.claim_host(host[:1024])
+    device.claim_host(host, 0, 1024)
     device.to_host.wait(device.compute.record())
     device.to_host.copy(host[:16], first.view(torch.uint8))
     one = device.to_host.record()
@@ -99,7 +99,7 @@ def test_the_latest_policy_copies_only_when_forced() -> None:
 def test_the_earliest_policy_copies_at_once() -> None:
     device = SimulatedDevice(policy="earliest")
     host = device.host_buffer(4096)
-    device.claim_host(host[:512])
+    device.claim_host(host, 0, 512)
     device.to_host.wait(device.compute.record())
     device.to_host.copy(host[:16], torch.ones(4).view(torch.uint8))
     assert (device.num_pending, device.num_copies) == (0, 1)
@@ -123,7 +123,7 @@ def test_discarded_memory_is_poisoned_unless_someone_else_holds_it() -> None:
 
 def stored_slot(device: SimulatedDevice, source: Tensor) -> Tensor:
     host = device.host_buffer(1024)[:512]
-    device.claim_host(host)
+    device.claim_host(host, 0, host.numel())
     device.to_host.wait(device.compute.record())
     device.to_host.copy(host[: 4 * source.numel()], source.view(torch.uint8))
     return host
@@ -160,7 +160,7 @@ def test_discarding_what_a_copy_still_reads_is_a_race() -> None:
 def test_reading_a_slot_that_was_never_written_is_a_race() -> None:
     device = SimulatedDevice()
     host = device.host_buffer(1024)[:512]
-    device.claim_host(host)
+    device.claim_host(host, 0, host.numel())
     target = device.empty((4,), torch.float32)
     device.to_device.wait(device.compute.record())
     with pytest.raises(RaceError, match="never written"):
@@ -170,7 +170,7 @@ def test_reading_a_slot_that_was_never_written_is_a_race() -> None:
 def test_reading_a_slot_without_a_tenant_is_a_race() -> None:
     device = SimulatedDevice(policy="earliest")
     host = stored_slot(device, torch.ones(4))
-    device.release_host(host, device.to_host.record())
+    device.release_host(host, 0, host.numel(), device.to_host.record())
     target = device.empty((4,), torch.float32)
     with pytest.raises(RaceError, match="no tenant"):
         device.to_device.copy(target.view(torch.uint8), host[:16])
@@ -206,7 +206,7 @@ def test_leaks_are_found() -> None:
     device.drain()
     with pytest.raises(RaceError, match="never given back"):
         device.check_quiescent()
-    device.release_host(host, None)
+    device.release_host(host, 0, host.numel(), None)
     device.check_quiescent()
 
 

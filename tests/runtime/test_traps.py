@@ -116,7 +116,7 @@ def _odd_norm(kind: str) -> Callable[[list[Any]], None]:
 
 
 def odd_tensors(kind: str) -> dict[str, Any]:
-    from megamem.runtime.activations import recipe, signature
+    from megamem.runtime.activations import signature
     from megamem.runtime.activations.geometry import Region
     from megamem.testing.parity import train
 
@@ -134,10 +134,7 @@ def odd_tensors(kind: str) -> dict[str, Any]:
             return None
         return Region(storage, tensor.dtype, tensor.storage_offset(), ((tensor.numel(), 1),))
 
-    with (
-        mutated(signature, "own_region", unguarded),
-        mutated(recipe, "region_of", lambda tensor: unguarded(tensor, ())),
-    ):
+    with mutated(signature, "own_region", unguarded):
         found["unguarded"] = error_of(lambda: found.update(bytes_unguarded=_stored(SWAP, case, prepare=prepare)))
     return found
 
@@ -308,9 +305,11 @@ def twice(config: dict[str, Any]) -> dict[str, Any]:
         from megamem.runtime.activations.capture import Handle
 
         def unpack(handle: Any) -> Any:
-            if handle.entry is None:
+            if handle.source is None:
                 return handle.tensor
-            memory = handle.entry.get()
+            if handle.entry.memory is None:
+                handle.source.materialize()
+            memory = handle.entry.memory
             return memory if handle.geometry is None else handle.geometry.view(memory)
 
         with mutated(Handle, "unpack", unpack):

@@ -21,23 +21,31 @@ _current_task = torch._C._current_graph_task_id
 
 
 class Source(Protocol):
-    """Where a tensor that was sent away comes back from."""
+    """What brings back the tensors that were sent away."""
 
-    def get(self) -> Tensor:
-        """The memory, compact."""
+    def materialize(self) -> None:
+        """Fill every entry that was sent away; called once, for the first that is missed."""
+
+
+class Entry:
+    """One distinct piece of memory that was saved. Refers to nobody, so that no cycle keeps a dropped graph alive."""
+
+    __slots__ = ("memory",)
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None  # compact; None while it is away
 
 
 class Handle:
     """What autograd holds instead of a saved tensor: the tensor itself, until it is told where it will come from."""
 
-    __slots__ = ("entry", "geometry", "path", "task", "tensor", "version")
+    __slots__ = ("entry", "geometry", "path", "source", "task", "tensor", "version")
 
     def __init__(self, tensor: Tensor, path: str) -> None:
         self.tensor: Tensor | None = tensor
         self.version = tensor._version
         self.path = path  # the innermost watched part that was running; "" for the layer itself
-        self.entry: Source | None = None
-        self.geometry: Geometry | None = None  # None: as it comes
+        self.source: Source | None = None
         self.task = -1
 
     def keep(self) -> None:
@@ -50,11 +58,12 @@ class Handle:
         if self.tensor is not None and not self.tensor.is_leaf:
             self.tensor = self.tensor.detach()  # shares the version counter
 
-    def send_away(self, entry: Source, geometry: Geometry | None) -> None:
-        """Let go of the tensor, which `entry` will bring back. Raises ActivationError if it was written to."""
+    def send_away(self, source: Source, entry: Entry, geometry: Geometry | None) -> None:
+        """Let go of the tensor, which `source` will bring back in `entry`; `geometry` is how it lies there, None: as it
+        comes. Raises ActivationError if it was written to."""
         if self.tensor is None or self.tensor._version != self.version:
             self.check_version()
-        self.entry, self.geometry, self.tensor = entry, geometry, None
+        self.source, self.entry, self.geometry, self.tensor = source, entry, geometry, None
 
     def check_version(self) -> None:
         """Raise ActivationError where the tensor was changed in place; torch's own check is off while hooks are on."""
@@ -67,7 +76,7 @@ class Handle:
 
     def unpack(self) -> Tensor:
         """Give the tensor back. Raises ActivationError where that would not be faithful."""
-        if self.entry is None:
+        if self.source is None:
             tensor = self.tensor
             if tensor is None or tensor._version != self.version:
                 self.check_version()
@@ -82,8 +91,12 @@ class Handle:
                     "or set activations.policy: off"
                 )
             self.task = task
-        memory = self.entry.get()
-        return memory if self.geometry is None else self.geometry.view(memory)
+        entry, geometry = self.entry, self.geometry
+        if entry.memory is None:
+            self.source.materialize()
+        memory = entry.memory
+        assert memory is not None
+        return memory if geometry is None else geometry.view(memory)
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megamem.errors import UnsupportedError
 from megamem.ir.activation import EXPERTS, ActivationPlan, Fate, LayerRule
-from megamem.runtime.activations.capture import Capture, Handle
+from megamem.runtime.activations.capture import Capture, Entry, Handle
 from megamem.runtime.activations.geometry import Geometry, Region, compact
 from megamem.runtime.activations.host_arena import HostArena
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
@@ -33,7 +33,7 @@ from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.order import BackwardOrder
 from megamem.runtime.activations.parcels import Courier
 from megamem.runtime.activations.recipe import Room, Situation, make_recipe
-from megamem.runtime.activations.run import Entry, LayerRun
+from megamem.runtime.activations.run import LayerRun
 from megamem.runtime.activations.signature import Signature, check_replayable, learn, own_region, survey
 from megamem.runtime.activations.stats import ActivationStats
 from megamem.runtime.activations.streams import AbstractDevice
@@ -239,7 +239,7 @@ class ActivationEngine:
                 groups.setdefault(region, []).append(handle)
         if not groups:
             return
-        tensors = [compact(handles[0].tensor.detach(), region) for region, handles in groups.items()]  # type: ignore[union-attr]
+        tensors = [compact(handles[0].tensor.detach(), region.dims) for region, handles in groups.items()]  # type: ignore[union-attr]
         run.expert_parcel = self.expert_courier.store(
             tensors, run.version_check(tensors, ["a tensor of the experts"] * len(tensors))
         )
@@ -248,11 +248,11 @@ class ActivationEngine:
             self._warn_of_room(run.layer.number, "experts")
             return
         for region, handles in groups.items():
-            entry = Entry(run)
-            run.expert_entries.append(weakref.ref(entry))
+            entry = Entry()
+            run.expert_entries.append(entry)
             for handle in handles:
                 assert handle.tensor is not None
-                handle.send_away(entry, Geometry.of(handle.tensor, region))
+                handle.send_away(run, entry, Geometry.of(handle.tensor, region))
         self.stats.swapped_nbytes += run.expert_parcel.nbytes
 
     def _leave_alone(self, layer: AbstractLayer, handles: list[Handle]) -> None:
@@ -309,9 +309,9 @@ class ActivationEngine:
         if not run.is_away:  # nothing was sent away: autograd frees it as it goes on
             self.on_gone(run)
 
-    def on_back(self, run: LayerRun) -> None:
-        """A layer has everything back; autograd frees it as its backward pass goes on."""
-        self._sample(run.back_nbytes)
+    def on_back(self, run: LayerRun, nbytes: int) -> None:
+        """A layer has everything back, `nbytes` of it; autograd frees it as its backward pass goes on."""
+        self._sample(nbytes)
         self.on_gone(run)
 
     def on_gone(self, run: LayerRun) -> None:

@@ -90,6 +90,7 @@ class Geometry:
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    skip: int = 0  # elements of the flat memory before the tensor's first
 
     @classmethod
     def of(cls, tensor: Tensor, region: Region) -> Geometry:
@@ -98,20 +99,22 @@ class Geometry:
 
     def view(self, flat: Tensor) -> Tensor:
         """The tensor, as a view of the compact copy `flat`."""
-        return flat.as_strided(self.shape, self.strides)
+        if self.skip == 0:
+            return flat.as_strided(self.shape, self.strides)
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.skip)
 
     def permuted(self, order: tuple[int, ...]) -> Geometry:
         """The geometry of `tensor.permute(order)`."""
         return Geometry(tuple(self.shape[i] for i in order), tuple(self.strides[i] for i in order))
 
 
-def compact(tensor: Tensor, region: Region) -> Tensor:
-    """The region's elements as a 1-D tensor: a view where there are no gaps, else a copy."""
-    if len(region.dims) == 1 and region.dims[0][1] == 1:
-        return tensor.as_strided((region.numel,), (1,), region.offset)
-    sizes, strides = zip(*region.dims, strict=True)
-    flat = tensor.as_strided(sizes, strides, region.offset).reshape(-1)
-    return flat.contiguous()  # a lone strided dimension is reshaped without a copy
+def compact(tensor: Tensor, dims: tuple[tuple[int, int], ...]) -> Tensor:
+    """The elements of the region with these `dims` that begins where `tensor` does, as a 1-D tensor: a view where
+    there are no gaps, else a copy."""
+    sizes, strides = zip(*dims, strict=True)
+    flat = tensor.as_strided(sizes, strides)
+    # A lone strided dimension is reshaped without a copy.
+    return flat if strides == (1,) else flat.reshape(-1).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

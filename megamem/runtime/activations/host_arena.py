@@ -60,13 +60,18 @@ def merge_guards(left: Guards, right: Guards) -> Guards:
 class Slot:
     """A tenant's piece of the arena: bytes `start` to `start + nbytes`, to be written only after `guards`."""
 
-    __slots__ = ("guards", "memory", "nbytes", "start")
+    __slots__ = ("_block", "guards", "nbytes", "start")
 
-    def __init__(self, start: int, nbytes: int, guards: Guards, memory: Tensor) -> None:
+    def __init__(self, start: int, nbytes: int, guards: Guards, block: Tensor) -> None:
         self.start = start
         self.nbytes = nbytes
         self.guards = guards
-        self.memory = memory
+        self._block = block
+
+    @property
+    def memory(self) -> Tensor:
+        """The bytes, as uint8."""
+        return self._block[self.start : self.start + self.nbytes]
 
     def __repr__(self) -> str:
         return f"Slot(start={self.start}, nbytes={self.nbytes}, guards={len(self.guards)})"
@@ -173,11 +178,11 @@ class HostArena:
             self._starts[index] = start + need
             self._sizes[index] = size - need
             self._guards[index] = guards
-        slot = Slot(start, need, guards, memory[start : start + need])
+        slot = Slot(start, need, guards, memory)
         self._live[start] = slot
         self._in_use += need
         self._peak = max(self._peak, self._in_use)
-        self._device.claim_host(slot.memory)
+        self._device.claim_host(memory, start, need)
         return slot
 
     def free(self, slot: Slot, after: AbstractEvent | None) -> None:
@@ -191,7 +196,8 @@ class HostArena:
             raise ActivationError(f"{slot} is not in use in this host arena: freed twice, or taken from another arena")
         del self._live[start]
         self._in_use -= slot.nbytes
-        self._device.release_host(slot.memory, after)
+        assert self._memory is not None
+        self._device.release_host(self._memory, start, slot.nbytes, after)
         guards = slot.guards if after is None else merge_guards(slot.guards, (after,))
         index = bisect_left(self._starts, start)
         size = slot.nbytes

@@ -25,15 +25,13 @@ class BackwardOrder:
     def __init__(self) -> None:
         # The last run of each segment, oldest first.
         self._open: dict[int, deque[weakref.ref[LayerRun]]] = defaultdict(deque)
-        self._chunk_of: weakref.WeakKeyDictionary[LayerRun, int] = weakref.WeakKeyDictionary()
         self._expected: list[int] = []
         self._seen: list[int] = []
 
     def on_forward(self, run: LayerRun, previous: LayerRun | None) -> None:
         """A layer's forward is over; `previous` is the one before it in the same segment."""
-        chunk = id(run.layer) if previous is None else self._chunk_of[previous]
-        self._chunk_of[run] = chunk
-        line = self._open[chunk]
+        run.segment = id(run.layer) if previous is None else previous.segment
+        line = self._open[run.segment]
         if previous is not None and line and line[-1]() is previous:
             line[-1] = weakref.ref(run)
         else:
@@ -61,14 +59,11 @@ class BackwardOrder:
             line.clear()
 
     def _note(self, run: LayerRun) -> None:
-        chunk = self._chunk_of.get(run)
-        line = self._open.get(chunk) if chunk is not None else None
-        if chunk is None or not line:
-            return
+        line = self._open[run.segment]
         for position, known in enumerate(line):
             if known() is run:  # the last layer of its segment: a segment's backward pass starts
                 del line[position]
-                self._seen.append(chunk)
+                self._seen.append(run.segment)
                 return
 
     def _expected_segment(self) -> LayerRun | None:

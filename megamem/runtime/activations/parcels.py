@@ -37,6 +37,8 @@ A courier is used by one thread at a time (the autograd thread may take over whi
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +50,8 @@ from torch import Tensor
 from megamem.errors import ActivationError
 from megamem.runtime.activations.host_arena import HostArena, Slot, aligned
 from megamem.runtime.activations.streams import AbstractDevice, AbstractEvent
+
+_MOST_PLACES = 64  # slots a manifest, more than a layer has microbatches in flight
 
 
 @dataclass
@@ -74,80 +78,115 @@ class Ledger:
         self.peak_staging_nbytes = max(self.peak_staging_nbytes, self.staging_nbytes)
 
 
-class _Layout:
-    """How a tensor lies in memory: `order` permutes its dimensions so that it becomes contiguous."""
+@final
+class Part:
+    """One piece of memory that is copied as it is: a shape, a dtype, and their size in bytes."""
 
-    __slots__ = ("dtype", "inverse", "is_plain", "nbytes", "numel", "order", "shape")
+    __slots__ = ("dtype", "nbytes", "shape")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype = tensor.dtype
-        self.numel = tensor.numel()
-        self.nbytes = self.numel * tensor.element_size()
-        self.order: tuple[int, ...] | None = None
-        self.inverse: tuple[int, ...] | None = None
-        self.is_plain = tensor.is_contiguous()
-        shape = tensor.shape
-        if not self.is_plain:
-            strides = tensor.stride()
-            order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
-            permuted = tensor.permute(order)
-            if permuted.is_contiguous():
-                self.order = order
-                self.inverse = tuple(sorted(range(tensor.dim()), key=order.__getitem__))
-                shape = permuted.shape
-        self.shape = tuple(shape)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = tuple(shape), dtype
+        self.nbytes = math.prod(self.shape) * dtype.itemsize
 
-    def stage(self, tensor: Tensor) -> Tensor:
-        """The tensor as contiguous memory: an alias where it is dense, else a copy made on the compute stream."""
-        # `data`, not `detach()`: a seventh of the cost, and no version counter or `_base` is shared.
-        if self.is_plain:
-            return tensor.data
-        return tensor.permute(self.order).data if self.order is not None else tensor.data.contiguous()
 
-    def restore(self, staged: Tensor) -> Tensor:
-        """The reverse of `stage`: same shape, and same strides where the tensor was dense."""
-        return staged.permute(self.inverse) if self.inverse is not None else staged
+class _Wrap(ABC):
+    """How some of a parcel's tensors, those at `positions`, become `parts`, and parts become tensors again."""
+
+    __slots__ = ("parts", "positions")
+
+    def __init__(self, positions: list[int], parts: list[Part]) -> None:
+        self.positions, self.parts = positions, parts
+
+    @abstractmethod
+    def wrap(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts, made on `compute`; `tensors` are all of the parcel's."""
+
+    @abstractmethod
+    def unwrap(self, parts: list[Tensor]) -> list[Tensor]:
+        """The tensors at `positions`, in the shape and dtype that they had."""
+
+
+@final
+class _Strided(_Wrap):
+    """One tensor that is not contiguous: an alias in the order of its memory where it is dense, else a copy."""
+
+    __slots__ = ("inverse", "order")
+
+    def __init__(self, position: int, tensor: Tensor) -> None:
+        strides = tensor.stride()
+        order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+        self.order = order if tensor.permute(order).is_contiguous() else None
+        self.inverse = tuple(sorted(range(tensor.dim()), key=order.__getitem__))
+        shape = tensor.shape if self.order is None else [tensor.shape[dim] for dim in order]
+        super().__init__([position], [Part(shape, tensor.dtype)])
+
+    def wrap(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        tensor = tensors[self.positions[0]].data
+        return [tensor.contiguous() if self.order is None else tensor.permute(self.order)]
+
+    def unwrap(self, parts: list[Tensor]) -> list[Tensor]:
+        return parts if self.order is None else [parts[0].permute(self.inverse)]
 
 
 @final
 class Manifest:
-    """How a list of tensors lies in a slot: grouped by dtype, one behind the other, each aligned.
+    """How a list of tensors lies in a slot: as parts, one behind the other, each aligned.
 
     Made once for the tensors that a layer stores in every step: shapes do not change, and looking at them again costs
-    more than copying a small one. Grouped, because a slot is then cut into all its pieces by three calls a dtype.
+    more than copying a small one.
+
+    nbytes:       of the parts, which is what the copies move.
+    slot_nbytes:  the same with the gaps that alignment leaves.
     """
 
-    __slots__ = ("_groups", "layouts", "nbytes", "slot_nbytes")
+    __slots__ = ("_num_tensors", "_places", "_plain", "_wraps", "nbytes", "parts", "slot_nbytes")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         if not tensors:
             raise ValueError("a parcel holds at least one tensor")
-        self.layouts = [_Layout(tensor) for tensor in tensors]
-        self.nbytes = sum(layout.nbytes for layout in self.layouts)
-        self.slot_nbytes = 0
-        self._groups: list[tuple[torch.dtype, int, list[int], list[int]]] = []  # dtype, end, positions, lengths
-        for dtype in dict.fromkeys(layout.dtype for layout in self.layouts):
-            positions = [i for i, layout in enumerate(self.layouts) if layout.dtype is dtype]
-            lengths: list[int] = []  # in elements: a tensor, its padding, the next tensor ...
-            for layout in (self.layouts[i] for i in positions):
-                lengths += (layout.numel, (aligned(layout.nbytes) - layout.nbytes) // dtype.itemsize)
-            self.slot_nbytes += sum(lengths) * dtype.itemsize
-            self._groups.append((dtype, self.slot_nbytes, positions, lengths))
+        self._num_tensors = len(tensors)
+        self._plain = [i for i, tensor in enumerate(tensors) if tensor.is_contiguous()]
+        self._wraps = [_Strided(i, tensor) for i, tensor in enumerate(tensors) if not tensor.is_contiguous()]
+        self.parts = [Part(tensors[i].shape, tensors[i].dtype) for i in self._plain]
+        self.parts += [part for wrap in self._wraps for part in wrap.parts]
+        self.nbytes = sum(part.nbytes for part in self.parts)
+        self.slot_nbytes = sum(aligned(part.nbytes) for part in self.parts)
+        self._places: dict[int, list[Tensor]] = {}
 
-    def pieces(self, slot: Slot) -> list[Tensor]:
-        """Where in the slot each tensor lies: 1-D, in its dtype."""
-        pieces: list[Tensor] = [slot.memory] * len(self.layouts)
-        start = 0
-        for dtype, stop, positions, lengths in self._groups:
-            typed = slot.memory[start:stop].view(dtype).split_with_sizes(lengths)
-            for position, piece in zip(positions, typed[::2], strict=True):
-                pieces[position] = piece
+    def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of the parcel, in device memory: aliases of the tensors that are exposed, and copies."""
+        # `data`, not `detach()`: half of the cost, and no version counter or `_base` is shared.
+        parts = [tensors[i].data for i in self._plain]
+        for wrap in self._wraps:
+            parts += wrap.wrap(tensors)
+        return parts
+
+    def unpack(self, parts: list[Tensor]) -> list[Tensor]:
+        """The tensors in their order, with shape and dtype as they were; strides too where a tensor was dense."""
+        tensors = parts[:1] * self._num_tensors
+        for i, part in zip(self._plain, parts, strict=False):
+            tensors[i] = part
+        start = len(self._plain)
+        for wrap in self._wraps:
+            stop = start + len(wrap.parts)
+            for i, tensor in zip(wrap.positions, wrap.unwrap(parts[start:stop]), strict=True):
+                tensors[i] = tensor
             start = stop
-        return pieces
+        return tensors
 
-
-def _flat(contiguous: Tensor) -> Tensor:
-    return contiguous.view(-1)
+    def places(self, slot: Slot) -> list[Tensor]:
+        """Where in the slot each part lies. Kept: in the steady state a layer gets the same slots in every step."""
+        places = self._places.get(slot.start)
+        if places is None:
+            places, start = [], 0
+            memory = slot.memory
+            for part in self.parts:
+                places.append(memory[start : start + part.nbytes].view(part.dtype).view(part.shape))
+                start += aligned(part.nbytes)
+            if len(self._places) == _MOST_PLACES:
+                self._places.clear()
+            self._places[slot.start] = places
+        return places
 
 
 class _Cargo:
@@ -155,14 +194,17 @@ class _Cargo:
 
     __slots__ = (
         "buffers", "fetched", "is_open", "is_queued", "is_taken",
-        "manifest", "nbytes", "on_retire", "slot", "sources", "stored",
+        "manifest", "nbytes", "on_retire", "places", "slot", "sources", "stored",
     )  # fmt: skip
 
-    def __init__(self, manifest: Manifest, sources: list[Tensor], slot: Slot, stored: AbstractEvent) -> None:
+    def __init__(
+        self, manifest: Manifest, sources: list[Tensor], slot: Slot, places: list[Tensor], stored: AbstractEvent
+    ) -> None:
         self.manifest = manifest
         self.nbytes = manifest.nbytes
         self.sources: list[Tensor] | None = sources
         self.slot: Slot | None = slot
+        self.places = places  # of the parts in the slot
         self.stored = stored
         self.buffers: list[Tensor] | None = None
         self.fetched: AbstractEvent | None = None
@@ -238,18 +280,19 @@ class Courier:
             return None
         to_host = self.device.to_host
         try:
-            sources = [layout.stage(tensor) for layout, tensor in zip(manifest.layouts, tensors, strict=True)]
+            sources = manifest.pack(tensors)
+            places = manifest.places(slot)
             to_host.wait(self.device.compute.record())
             for event in slot.guards:
                 to_host.wait(event)
-            to_host.copy_all(zip(manifest.pieces(slot), map(_flat, sources), strict=True))
+            to_host.copy_all(zip(places, sources, strict=True))
             stored = to_host.record()
         except BaseException:
             # Copies already issued run on the stream that the slot's next tenant is written by: no further guard.
             self.arena.free(slot, after=None)
             raise
         slot.guards = ()  # waited for; `stored` stands behind them
-        cargo = _Cargo(manifest, sources, slot, stored)
+        cargo = _Cargo(manifest, sources, slot, places, stored)
         cargo.on_retire = on_retire
         self._transit.append((stored, sources, cargo))
         self.ledger.stage(cargo.nbytes)
@@ -287,13 +330,12 @@ class Courier:
         if cargo.sources is not None:
             self._forward(cargo)
             return
-        slot = cargo.slot
-        assert slot is not None
-        buffers = [self.device.empty(layout.shape, layout.dtype) for layout in cargo.manifest.layouts]
+        empty = self.device.empty
+        buffers = [empty(part.shape, part.dtype) for part in cargo.manifest.parts]
         to_device = self.device.to_device
         to_device.wait(self.device.compute.record())
         to_device.wait(cargo.stored)
-        to_device.copy_all(zip(map(_flat, buffers), cargo.manifest.pieces(slot), strict=True))
+        to_device.copy_all(zip(buffers, cargo.places, strict=True))
         cargo.fetched = to_device.record()
         cargo.buffers = buffers
         self.ledger.stage(cargo.nbytes)
@@ -317,7 +359,7 @@ class Courier:
         self.ledger.num_live -= 1
         cargo.is_taken = True
         self.ledger.stage(-cargo.nbytes)  # whoever took it holds it now, also while a copy still reads it
-        return [layout.restore(buffer) for layout, buffer in zip(cargo.manifest.layouts, buffers, strict=True)]
+        return cargo.manifest.unpack(buffers)
 
     def drop(self, parcel: Parcel) -> None:
         """Give up a parcel that no backward pass will want. A closed one: nothing happens."""

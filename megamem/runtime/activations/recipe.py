@@ -13,18 +13,25 @@ not, so each segment is one replay with a fixed set of answered modules. With eq
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from megamem.errors import UnsupportedError
 from megamem.ir.activation import BASE, Fate, LayerRule, Tier
-from megamem.runtime.activations.geometry import Geometry, TokenAxis, compact, region_of
+from megamem.runtime.activations.capture import Handle
+from megamem.runtime.activations.geometry import Geometry, TokenAxis, compact
 from megamem.runtime.activations.layer import AbstractLayer
 from megamem.runtime.activations.parcels import Manifest
 from megamem.runtime.activations.replay import PackKey
 from megamem.runtime.activations.signature import EntrySpec, Signature, Source, is_inside
+
+_SMALL = 1 / 32  # of what a layer swaps
+_VECTOR = 16  # bytes: kernels load this many at once, so what shares a piece begins at multiples of it
 
 Room = Literal["all", "base", "none"]
 """What host memory still has room for: everything that the rule sends there, the base alone, or nothing."""
@@ -71,30 +78,51 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One of several entries that are stored as one piece."""
+
+    entry: int
+    position: int  # of its first tensor among the calls of the pack hook
+    skip: int  # elements of the piece before it
+
+
+@dataclass(frozen=True, slots=True)
 class PiecePlan:
-    """One tensor to store: (part of) an entry, an anchor's output, or one of the base that no entry holds."""
+    """One tensor to store: (part of) an entry, several entries, an anchor's output, or one of the base that no entry
+    holds."""
 
     kind: Literal["entry", "anchor", "layer_input", "attention_output"]
     index: int  # of the entry or anchor
     position: int  # of the saved tensor among the calls of the pack hook; -1 for what a module returned
     tokens: int
-    axis: TokenAxis | None  # None: all of it
-    view: Geometry | None  # the shape whose `axis` counts tokens, where the saved tensor has another one
-    is_dense: bool
+    axis: TokenAxis | None = None  # None: all of it
+    view: Geometry | None = None  # the shape whose `axis` counts tokens, where the saved tensor has another one
+    dims: tuple[tuple[int, int], ...] | None = None  # of the region to compact; None: not needed
+    shares: tuple[Share, ...] = ()  # entries that lie in the piece together; `index` and `position` are the first one's
+    is_woven: bool = False  # they lie so in device memory too
+
+    def collect(self, handles: list[Handle]) -> Tensor:
+        """The entries that share the piece, in one 1-D tensor: a view where they are woven, else a copy."""
+        if self.is_woven:
+            return self.cut(handles[self.position].tensor)  # type: ignore[arg-type]
+        tensors: list[Any] = [handles[share.position].tensor for share in self.shares]
+        return torch.cat(
+            [
+                tensor.data.view(-1) if tensor.is_contiguous() else tensor.data.as_strided((tensor.numel(),), (1,))
+                for tensor in tensors
+            ]
+        )
 
     def cut(self, tensor: Tensor) -> Tensor:
         """The tokens to store: a view where possible, for nothing may be lost if there is no room for it."""
-        if self.axis is None and self.is_dense:
-            return tensor.detach()
-        if self.view is not None or self.axis is None:
-            region = region_of(tensor)
-            assert region is not None
-            tensor = compact(tensor.detach(), region)
-            if self.axis is None:
-                return tensor
-            assert self.view is not None
+        tensor = tensor.detach()
+        if self.dims is not None:
+            tensor = compact(tensor, self.dims)
+        if self.axis is None:
+            return tensor
+        if self.view is not None:
             tensor = self.view.view(tensor)
-        return self.axis.range(tensor.detach(), 0, self.tokens)
+        return self.axis.range(tensor, 0, self.tokens)
 
 
 @dataclass(slots=True)
@@ -121,7 +149,8 @@ class Recipe:
     attention_tier: Tier
     store_input: bool
     needs_base: bool  # whether layer input and attention output are asked for, apart from autograd's own use
-    kept_nbytes: int = -1  # of the storages that stay in device memory; counted when first seen
+    away_nbytes: int  # of the entries that do not stay in device memory
+    kept_nbytes: int = -1  # of the storages that stay there; counted when first seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,27 +183,69 @@ class _Maker:
         anchors = [plan for name in usable if (plan := self._anchor(name)) is not None]
         entries = [self._entry(index, spec) for index, spec in enumerate(self.signature.entries)]
         segments = self._segments(entries, anchors)
+        stays = {plan.index for plan in entries if plan.whole and plan.tier == "hbm"}
+        shared = [*self._weaves(entries), *self._bundles(entries)]
         recipe = Recipe(
             entries=entries,
             anchors=anchors if segments else [],
             segments=segments,
             loads=[],
-            targets=self._targets(entries),
+            targets=self._targets(entries, stays, shared),
             input_tier=self._base_tier("layer_input"),
             attention_tier=self._base_tier("attention_output"),
             store_input=self.situation.store_input,
             needs_base=bool(segments) or self.situation.keep_base,
+            away_nbytes=sum(spec.nbytes for i, spec in enumerate(self.signature.entries) if i not in stays),
         )
-        recipe.loads = self._loads(recipe)
+        recipe.loads = self._loads(recipe, shared)
         return recipe
 
-    def _targets(self, entries: list[EntryPlan]) -> list[Target]:
-        stays = {plan.index for plan in entries if plan.whole and plan.tier == "hbm"}
+    def _weaves(self, entries: list[EntryPlan]) -> Iterator[PiecePlan]:
+        """Weaves that are swapped whole: stored as they lie."""
+        for weave in self.signature.weaves:
+            if all(entries[index].whole and entries[index].tier == "host" for index, _ in weave.members):
+                specs = self.signature.entries
+                shares = tuple(Share(index, specs[index].packs[0], skip) for index, skip in weave.members)
+                first, dims = shares[0], ((weave.numel, 1),)
+                yield PiecePlan(
+                    "entry", first.entry, first.position, self.tokens, dims=dims, shares=shares, is_woven=True
+                )
+
+    def _bundles(self, entries: list[EntryPlan]) -> Iterator[PiecePlan]:
+        """What is small (norm statistics, log-sum-exp, rotary tables) and swapped whole, put together by dtype: a copy
+        costs its launch. They stay in memory until the last of them is freed, so they are `_SMALL` of it in all."""
+        specs = self.signature.entries
+        away = [plan.index for plan in entries if plan.whole and plan.tier == "host"]
+        room = _SMALL * sum(specs[index].nbytes for index in away)
+        small: dict[torch.dtype, list[int]] = {}
+        for index in sorted(away, key=lambda index: specs[index].nbytes):
+            spec = specs[index]
+            room -= spec.nbytes
+            if room < 0:
+                break
+            if spec.name not in BASE and spec.dims == ((spec.numel, 1),) and spec.nbytes % _VECTOR == 0:
+                small.setdefault(spec.dtype, []).append(index)
+        for members in small.values():
+            if len(members) > 1:
+                skips = accumulate((specs[index].numel for index in members), initial=0)
+                shares = tuple(
+                    Share(index, specs[index].packs[0], skip) for index, skip in zip(members, skips, strict=False)
+                )
+                yield PiecePlan("entry", members[0], shares[0].position, self.tokens, shares=shares)
+
+    def _targets(self, entries: list[EntryPlan], stays: set[int], shared: list[PiecePlan]) -> list[Target]:
         whole = {plan.index for plan in entries if plan.whole}
+        shares = {share.entry: (share, piece.is_woven) for piece in shared for share in piece.shares}
         targets: list[Target] = []
         for pack in self.signature.packs:
             if pack.entry < 0 or pack.entry in stays:
                 targets.append((-1, None))
+                continue
+            if pack.entry in shares:
+                share, is_woven = shares[pack.entry]
+                assert pack.geometry is not None
+                strides = pack.strides if is_woven else pack.geometry.strides
+                targets.append((pack.entry, Geometry(tuple(pack.shape), strides, share.skip)))
                 continue
             stored = self.signature.packs[self.signature.entries[pack.entry].packs[0]]
             comes_as_stored = pack.entry in whole and self._is_dense(pack.entry) and pack.geometry == stored.geometry
@@ -185,24 +256,19 @@ class _Maker:
         """Whether the entry's first tensor has no gaps and lies in memory as its shape says."""
         return self.signature.packs[self.signature.entries[index].packs[0]].is_contiguous
 
-    def _loads(self, recipe: Recipe) -> list[Load]:
+    def _loads(self, recipe: Recipe, shared: list[PiecePlan]) -> list[Load]:
         """What is stored where. The base travels apart where the next layer may ask for it alone."""
         host_base, host_rest, resident = Load("host", True, []), Load("host", False, []), Load("hbm", False, [])
+        host_rest.pieces += shared
+        done = {share.entry for piece in shared for share in piece.shares}
         for plan in recipe.entries:
-            if plan.tokens == 0 or (plan.whole and plan.tier == "hbm"):
+            if plan.tokens == 0 or (plan.whole and plan.tier == "hbm") or plan.index in done:
                 continue
-            position = self.signature.entries[plan.index].packs[0]
-            view = None
-            if not plan.whole:
-                assert plan.source is not None
-                if plan.source.geometry != self.signature.packs[position].geometry:
-                    view = plan.source.geometry
-            axis = None if plan.whole else plan.axis
-            piece = PiecePlan("entry", plan.index, position, plan.tokens, axis, view, self._is_dense(plan.index))
+            piece = self._piece(plan)
             apart = plan.name in BASE and self.situation.keep_base
             (resident if plan.tier == "hbm" else host_base if apart else host_rest).pieces.append(piece)
         for index, anchor in enumerate(recipe.anchors):
-            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis, None, True)
+            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis)
             (resident if anchor.tier == "hbm" else host_rest).pieces.append(piece)
         self._add_base(recipe, host_base if self.situation.keep_base else host_rest)
         loads = [load for load in (host_base, host_rest, resident) if load.pieces]
@@ -210,15 +276,26 @@ class _Maker:
             load.names = [_name(piece, recipe) for piece in load.pieces]
         return loads
 
+    def _piece(self, plan: EntryPlan) -> PiecePlan:
+        spec = self.signature.entries[plan.index]
+        position = spec.packs[0]
+        if plan.whole:
+            dims = None if self._is_dense(plan.index) else spec.dims
+            return PiecePlan("entry", plan.index, position, plan.tokens, dims=dims)
+        assert plan.source is not None
+        if plan.source.geometry == self.signature.packs[position].geometry:
+            return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis)
+        return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis, plan.source.geometry, spec.dims)
+
     def _add_base(self, recipe: Recipe, load: Load) -> None:
         """The base is wanted by replays even where autograd saves none of it."""
         saved = {plan.name for plan in recipe.entries}
         if not recipe.needs_base:
             return
         if recipe.input_tier == "host" and recipe.store_input and "layer_input" not in saved:
-            load.pieces.append(PiecePlan("layer_input", 0, -1, self.tokens, None, None, True))
+            load.pieces.append(PiecePlan("layer_input", 0, -1, self.tokens))
         if recipe.attention_tier == "host" and "attention_output" not in saved and self.layer.attention is not None:
-            load.pieces.append(PiecePlan("attention_output", 0, -1, self.tokens, None, None, True))
+            load.pieces.append(PiecePlan("attention_output", 0, -1, self.tokens))
 
     def _base_tier(self, name: str) -> Tier:
         if self.room == "none" or (name == "layer_input" and self.situation.input_is_held):

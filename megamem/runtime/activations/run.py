@@ -11,7 +11,6 @@ in any order, and a graph that is dropped without a backward pass takes its run 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megamem.errors import ActivationError
-from megamem.runtime.activations.capture import Capture, Handle
+from megamem.runtime.activations.capture import Capture, Entry, Handle
 from megamem.runtime.activations.geometry import Geometry, compact, region_of
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, with_first_tensor
 from megamem.runtime.activations.parcels import Manifest, Parcel
@@ -35,30 +34,19 @@ if TYPE_CHECKING:
 _NOTHING = torch.empty(0)  # where a result's activation was; a view of it, even of no tokens, would hold it all
 
 
-class Entry:
-    """One distinct piece of memory that was saved, while it is away.
+class LayerRun:
+    """The activations of one layer in one forward pass.
 
-    Handles hold it, it holds the run, and the run knows it weakly: a graph that is dropped takes all of them with it at
-    once. Left to the cyclic collector they would go at moments that differ between ranks, which must store alike.
+    Handles hold the run and their entries, the run holds the entries until they are filled, and nothing refers back to
+    a handle: a graph that is dropped takes all of them with it at once. Left to the cyclic collector they would go at
+    moments that differ between ranks, which must store alike.
     """
 
-    __slots__ = ("__weakref__", "memory", "run")
-
-    def __init__(self, run: LayerRun) -> None:
-        self.run: LayerRun | None = run
-        self.memory: Tensor | None = None  # compact, once it is back
-
-    def get(self) -> Tensor:
-        """The memory; brings the whole layer back at the first call."""
-        if self.memory is None:
-            assert self.run is not None
-            self.run.materialize()
-        assert self.memory is not None
-        return self.memory
-
-
-class LayerRun:
-    """The activations of one layer in one forward pass."""
+    __slots__ = (
+        "__weakref__", "anchors", "answers", "args", "base", "base_geometries", "call", "check_base", "engine",
+        "entries", "expert_entries", "expert_parcel", "has_begun", "is_back", "kept_nbytes", "kwargs", "layer",
+        "parcels", "previous", "random_states", "recipe", "requires_grad", "resident", "segment", "signature", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -77,8 +65,8 @@ class LayerRun:
         self.signature: Signature | None = None
         self.recipe: Recipe | None = None
         self.random_states: list[Any] = []
-        self.entries: dict[int, weakref.ref[Entry]] = {}
-        self.expert_entries: list[weakref.ref[Entry]] = []
+        self.entries: list[Entry] = []
+        self.expert_entries: list[Entry] = []
         self.parcels: list[tuple[Parcel, Load]] = []
         self.expert_parcel: Parcel | None = None
         self.check_base: Callable[[], None] | None = None
@@ -89,6 +77,7 @@ class LayerRun:
         self.answers: dict[str, tuple[Any, bool]] = {}  # path -> (result without its activation, requires_grad)
         self.has_begun = self.is_back = False
         self.kept_nbytes = 0
+        self.segment = 0  # see `BackwardOrder`
 
     @property
     def is_away(self) -> bool:
@@ -96,10 +85,10 @@ class LayerRun:
         return bool(self.entries or self.expert_entries)
 
     @property
-    def back_nbytes(self) -> int:
-        """Bytes that came back, before autograd starts to free them."""
-        entries = [known() for known in (*self.entries.values(), *self.expert_entries)]
-        return sum(entry.memory.nbytes for entry in entries if entry is not None and entry.memory is not None)
+    def away_nbytes(self) -> int:
+        """Bytes that come back before the layer's backward pass."""
+        assert self.recipe is not None
+        return self.recipe.away_nbytes + (self.expert_parcel.nbytes if self.expert_parcel is not None else 0)
 
     def __del__(self) -> None:
         if self.kept_nbytes:  # the graph was dropped without a backward pass
@@ -133,6 +122,9 @@ class LayerRun:
         """The tensors of a load, cut to the tokens that are stored."""
         tensors = []
         for piece in load.pieces:
+            if piece.shares:
+                tensors.append(piece.collect(handles))
+                continue
             if piece.position >= 0:
                 tensor = handles[piece.position].tensor
             elif piece.kind == "layer_input":
@@ -169,16 +161,13 @@ class LayerRun:
 
     def _let_go(self, handles: list[Handle], signature: Signature, recipe: Recipe) -> None:
         """Tell every handle where its tensor will come from."""
-        entries: dict[int, Entry] = {}
+        if recipe.away_nbytes:
+            self.entries = [Entry() for _ in recipe.entries]
         for handle, (target, geometry) in zip(handles, recipe.targets, strict=True):
             if target < 0:
                 handle.keep()
-                continue
-            entry = entries.get(target)
-            if entry is None:
-                entry = entries[target] = Entry(self)
-                self.entries[target] = weakref.ref(entry)
-            handle.send_away(entry, geometry)
+            else:
+                handle.send_away(self, self.entries[target], geometry)
         if recipe.kept_nbytes < 0:
             storages = {
                 storage.data_ptr(): storage.nbytes()
@@ -230,7 +219,7 @@ class LayerRun:
         """Bring back everything: take the parcels, rebuild the input, replay the missing tokens."""
         assert not self.is_back
         self.begin()
-        recipe = self.recipe
+        recipe, back_nbytes = self.recipe, self.away_nbytes
         assert recipe is not None
         self._take(base_only=False)
         self._take_experts()
@@ -242,15 +231,12 @@ class LayerRun:
         for segment in recipe.segments:
             self._replay(segment)
         self.is_back = True
-        self.engine.on_back(self)
+        self.engine.on_back(self, back_nbytes)
         self._forget()
 
     def _forget(self) -> None:
         """Everything is with the handles now, and the graph may outlive its activations."""
-        for known in (*self.entries.values(), *self.expert_entries):
-            if (entry := known()) is not None:
-                entry.run = None
-        self.entries, self.expert_entries, self.anchors, self.base = {}, [], {}, {}
+        self.entries, self.expert_entries, self.anchors, self.base = [], [], {}, {}
         self.args, self.kwargs, self.random_states, self.previous, self.check_base = (), {}, [], None, None
 
     def _take(self, *, base_only: bool) -> None:
@@ -266,9 +252,8 @@ class LayerRun:
     def _take_experts(self) -> None:
         if self.expert_parcel is not None and self.engine.expert_courier is not None:
             tensors = self.engine.expert_courier.take(self.expert_parcel)
-            for known, tensor in zip(self.expert_entries, tensors, strict=True):
-                if (entry := known()) is not None:
-                    entry.memory = tensor
+            for entry, tensor in zip(self.expert_entries, tensors, strict=True):
+                entry.memory = tensor
             self.expert_parcel = None
 
     def _put(self, tensor: Tensor, piece: PiecePlan) -> None:
@@ -285,21 +270,18 @@ class LayerRun:
                 assert plan.source is not None
                 self._write(piece.index, plan.source, tensor, 0, plan.tokens)
                 return
-            if (entry := self._entry(piece.index)) is not None:
-                entry.memory = tensor
+            if piece.shares:
+                for share in piece.shares:
+                    self.entries[share.entry].memory = tensor
+                return
+            self.entries[piece.index].memory = tensor
             if plan.name in self.base_geometries:
                 self.base[plan.name] = self.base_geometries[plan.name].view(tensor)
-
-    def _entry(self, index: int) -> Entry | None:
-        """The entry, unless autograd has let go of everything that was saved there."""
-        return self.entries[index]()
 
     def _write(self, index: int, source: Source, values: Tensor, start: int, stop: int) -> None:
         """Put tokens [start, stop) of an entry into its memory; `values` in the blocked form of the source's axis."""
         assert self.signature is not None
-        entry, spec = self._entry(index), self.signature.entries[index]
-        if entry is None:
-            return
+        entry, spec = self.entries[index], self.signature.entries[index]
         if entry.memory is None:
             entry.memory = self.engine.device.empty((spec.numel,), spec.dtype)
         full = source.geometry.view(entry.memory)
@@ -307,13 +289,11 @@ class LayerRun:
 
     def _deliver(self, index: int, source: Source, tensor: Tensor, segment: Segment) -> None:
         """Put what a replay brought into the entry's memory, or make it that memory where it is all of it."""
-        entry = self._entry(index)
-        if entry is None:
-            return
+        entry = self.entries[index]
         if entry.memory is None and (source.axis is None or segment.stop - segment.start == self.tokens):
             region = region_of(tensor)
             if region is not None and Geometry.of(tensor, region) == source.geometry:
-                entry.memory = compact(tensor, region)
+                entry.memory = compact(tensor, region.dims)
                 self.engine.stats.recomputed_nbytes += tensor.nbytes
                 return
         values = tensor if source.axis is None else source.axis.blocked(tensor)
@@ -401,5 +381,4 @@ class LayerRun:
                 hidden = self._input()
                 region = region_of(hidden)
                 assert region is not None
-                if (entry := self._entry(plan.index)) is not None:
-                    entry.memory = compact(hidden, region)
+                self.entries[plan.index].memory = compact(hidden, region.dims)

@@ -52,6 +52,7 @@ class EntrySpec:
     numel: int
     dtype: torch.dtype
     sources: list[Source] = field(default_factory=list)
+    dims: tuple[tuple[int, int], ...] = ()  # of its region
 
     @property
     def nbytes(self) -> int:
@@ -79,28 +80,56 @@ class AnchorSpec:
     axis: TokenAxis
 
 
+@dataclass(frozen=True, slots=True)
+class Weave:
+    """Entries that fill one stretch of memory between them, as query, key and value fill what their linear layer made.
+
+    Stored together they are one contiguous copy, where each of them alone would have to be gathered first.
+    """
+
+    members: tuple[tuple[int, int], ...]  # (entry, where it begins, in elements), the first one at 0
+    numel: int
+
+
 @dataclass(slots=True)
 class Signature:
     """Everything learned about one layer for one shape of its input."""
 
     packs: list[PackSpec]
     entries: list[EntrySpec]
-    aliases: list[tuple[int, int]] = field(default_factory=list)  # calls of the pack hook that brought the same memory
+    # (call of the pack hook, another, bytes from the one's memory to the other's): the same memory, or a weave's
+    distances: list[tuple[int, int, int]] = field(default_factory=list)
+    weaves: list[Weave] = field(default_factory=list)
     anchors: dict[str, AnchorSpec] = field(default_factory=dict)
     attention: TokenAxis | None = None
     whole_only: str | None = None  # why a part of the tokens cannot be replayed
     recipes: dict[tuple[str, bool, bool], Any] = field(default_factory=dict)  # what was made of it, by situation
     too_short: bool = False  # so few tokens that a part of them tells nothing of the rest
+    _expected: Any = None
 
     def matches(self, handles: list[Handle]) -> bool:
-        """Whether a later forward saved the same tensors in the same order, aliased in the same way."""
+        """Whether a later forward saved the same tensors in the same order, aliased in the same way.
+
+        What is kept as it is may be another tensor each time.
+        """
         if len(handles) != len(self.packs):
             return False
-        tensors: list[Any] = [handle.tensor for handle in handles]
-        for tensor, spec in zip(tensors, self.packs, strict=True):
-            if tensor.shape != spec.shape or tensor.stride() != spec.strides or tensor.dtype is not spec.dtype:
-                return False
-        return all(tensors[one].data_ptr() == tensors[other].data_ptr() for one, other in self.aliases)
+        if self._expected is None:
+            watched = [i for i, pack in enumerate(self.packs) if pack.entry >= 0]
+            packs = [self.packs[i] for i in watched]
+            self._expected = watched, [p.shape for p in packs], [p.strides for p in packs], [p.dtype for p in packs]
+        watched, shapes, strides, dtypes = self._expected
+        all_tensors: list[Any] = [handle.tensor for handle in handles]
+        tensors = [all_tensors[i] for i in watched]
+        return (
+            [tensor.shape for tensor in tensors] == shapes
+            and [tensor.stride() for tensor in tensors] == strides
+            and [tensor.dtype for tensor in tensors] == dtypes
+            and all(
+                all_tensors[other].data_ptr() - all_tensors[one].data_ptr() == nbytes
+                for one, other, nbytes in self.distances
+            )
+        )
 
 
 def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signature, dict[int, Region]]:
@@ -127,14 +156,38 @@ def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signa
             if index is None:
                 index = by_region[region] = len(signature.entries)
                 name = names.get(region) or handle.path or SAVED
-                signature.entries.append(EntrySpec(name, [], region.numel, region.dtype))
+                signature.entries.append(EntrySpec(name, [], region.numel, region.dtype, dims=region.dims))
             packs = signature.entries[index].packs
             packs.append(position)
             if len(packs) > 1:
-                signature.aliases.append((packs[0], position))
+                signature.distances.append((packs[0], position, 0))
             spec.entry, spec.geometry = index, Geometry.of(tensor, region)
         signature.packs.append(spec)
-    return signature, {index: region for region, index in by_region.items()}
+    regions = {index: region for region, index in by_region.items()}
+    _find_weaves(signature, regions)
+    return signature, regions
+
+
+def _find_weaves(signature: Signature, regions: dict[int, Region]) -> None:
+    """Entries of one storage whose rows, side by side, fill its rows."""
+    groups: dict[tuple[int, torch.dtype, tuple[int, int]], list[int]] = {}
+    for index, region in regions.items():
+        if len(region.dims) == 2 and region.dims[1][1] == 1 and signature.entries[index].name not in BASE:
+            groups.setdefault((region.storage, region.dtype, region.dims[0]), []).append(index)
+    for (_, dtype, (rows, stride)), group in groups.items():
+        group.sort(key=lambda index: regions[index].offset)
+        start = stop = regions[group[0]].offset
+        for index in group:
+            if regions[index].offset != stop:
+                break
+            stop += regions[index].dims[1][0]
+        if stop - start != stride:
+            continue
+        members = tuple((index, regions[index].offset - start) for index in group)
+        signature.weaves.append(Weave(members, rows * stride))
+        first = signature.entries[group[0]].packs[0]
+        for index, skip in members[1:]:
+            signature.distances.append((first, signature.entries[index].packs[0], skip * dtype.itemsize))
 
 
 def own_region(tensor: Tensor, parameters: frozenset[int]) -> Region | None:

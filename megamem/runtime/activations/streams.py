@@ -41,6 +41,8 @@ from torch import Tensor
 NO_RESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 """MAP_NORESERVE, which Python 3.11 does not name: an arena that is larger than what will be touched is no mistake."""
 
+_CPU = torch.device("cpu")  # a name would be parsed in every call
+
 
 class AbstractEvent(ABC):
     """A point on a stream: everything issued to `stream` before it was recorded, and nothing later."""
@@ -127,12 +129,12 @@ class AbstractDevice(ABC):
         """
 
     @abstractmethod
-    def claim_host(self, memory: Tensor) -> None:
-        """Say that a piece of a host buffer has a new tenant. Only the simulator does anything here."""
+    def claim_host(self, block: Tensor, start: int, nbytes: int) -> None:
+        """Say that bytes `start` to `start + nbytes` of a host buffer have a new tenant. For the simulator only."""
 
     @abstractmethod
-    def release_host(self, memory: Tensor, after: AbstractEvent | None) -> None:
-        """Say that a tenant leaves as soon as `after` is done. Only the simulator does anything here."""
+    def release_host(self, block: Tensor, start: int, nbytes: int, after: AbstractEvent | None) -> None:
+        """Say that their tenant leaves as soon as `after` is done. For the simulator only."""
 
     @abstractmethod
     def stall_ms(self) -> float:
@@ -235,7 +237,7 @@ class HostDevice(AbstractDevice):
         return self._streams[2]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device=_CPU)
 
     def discard(self, tensors: Sequence[Tensor]) -> None:
         pass
@@ -243,10 +245,10 @@ class HostDevice(AbstractDevice):
     def host_buffer(self, nbytes: int) -> Tensor:
         return map_pages(nbytes)[0]
 
-    def claim_host(self, memory: Tensor) -> None:
+    def claim_host(self, block: Tensor, start: int, nbytes: int) -> None:
         pass
 
-    def release_host(self, memory: Tensor, after: AbstractEvent | None) -> None:
+    def release_host(self, block: Tensor, start: int, nbytes: int, after: AbstractEvent | None) -> None:
         pass
 
     def stall_ms(self) -> float:

@@ -313,10 +313,10 @@ class CudaDevice(AbstractDevice):
     def discard(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def claim_host(self, memory: Tensor) -> None:
+    def claim_host(self, block: Tensor, start: int, nbytes: int) -> None:
         pass
 
-    def release_host(self, memory: Tensor, after: AbstractEvent | None) -> None:
+    def release_host(self, block: Tensor, start: int, nbytes: int, after: AbstractEvent | None) -> None:
         pass
 
     def host_buffer(self, nbytes: int) -> Tensor:
