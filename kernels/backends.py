@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,3 +29,11 @@ def takes_triton(backend: Backend | None, device: torch.device) -> bool:
             "backend='triton' was asked for, and triton is not installed: pip install triton, or take backend='torch'"
         )
     return name == "triton"
+
+
+def implementation(package: str, backend: Backend | None, device: torch.device) -> Any:
+    """The module `triton` or `reference` of an operation's package, which have the same functions.
+
+    Raises as `takes_triton` does.
+    """
+    return import_module(".triton" if takes_triton(backend, device) else ".reference", package)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import Backend, takes_triton
-from .format import BlockFormat, Element, Quantised
+from .format import CODE_DTYPES, BlockFormat, Element, Quantised
 from .reference import dequantise_reference, quantise_reference
 
 __all__ = [
@@ -29,8 +29,10 @@ __all__ = [
     "check_values",
     "dequantise",
     "dequantise_reference",
+    "from_saved",
     "quantise",
     "quantise_reference",
+    "to_saved",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -95,3 +97,16 @@ def _check_quantised(quantised: Quantised, format: BlockFormat, dtype: torch.dty
         )
     if codes.device != scales.device:
         raise ValueError(f"codes are on {codes.device} and scales on {scales.device}; they must be on one device")
+
+
+def to_saved(quantised: Quantised, format: BlockFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales as autograd should save them: the codes as numbers of the 8-bit type that they are.
+
+    So whoever compares, prints or checks saved tensors sees values, and not how they are coded.
+    """
+    return quantised.codes.view(CODE_DTYPES[format.element]), quantised.scales
+
+
+def from_saved(codes: torch.Tensor, scales: torch.Tensor) -> Quantised:
+    """The other way."""
+    return Quantised(codes.view(torch.uint8), scales)

@@ -12,6 +12,13 @@ Element = Literal["e4m3", "e5m2", "int8"]
 LARGEST: dict[Element, float] = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 """The largest value of a code."""
 
+CODE_DTYPES: dict[Element, torch.dtype] = {
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+"""The type whose bits a code has."""
+
 LEAST_SCALE = 2.0**-126
 """The least normal fp32 number: scales are no smaller, so that their inverse is a number."""
 

@@ -17,9 +17,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .format import LARGEST, LEAST_SCALE, BlockFormat, Quantised
-
-_FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+from .format import CODE_DTYPES, LARGEST, LEAST_SCALE, BlockFormat, Quantised
 
 
 def quantise_reference(values: torch.Tensor, format: BlockFormat) -> Quantised:
@@ -39,7 +37,7 @@ def quantise_reference(values: torch.Tensor, format: BlockFormat) -> Quantised:
 def dequantise_reference(quantised: Quantised, format: BlockFormat, dtype: torch.dtype) -> torch.Tensor:
     """The values [..., D] in `dtype`."""
     codes, scales = quantised
-    coded = codes.view(_FLOAT8.get(format.element, torch.int8)).float()
+    coded = codes.view(CODE_DTYPES[format.element]).float()
     scaled_GE = _grouped(coded, format) * scales.unsqueeze(-1)
     return scaled_GE.flatten(-2)[..., : codes.shape[-1]].to(dtype)
 
@@ -56,5 +54,5 @@ def _encode(scaled: torch.Tensor, format: BlockFormat) -> torch.Tensor:
     largest = LARGEST[format.element]
     clamped = scaled.clamp(-largest, largest)  # conversions to float8 saturate on some devices only
     if format.element == "int8":
-        return clamped.round().to(torch.int8).view(torch.uint8)
-    return clamped.to(_FLOAT8[format.element]).view(torch.uint8)
+        clamped = clamped.round()
+    return clamped.to(CODE_DTYPES[format.element]).view(torch.uint8)

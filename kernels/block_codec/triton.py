@@ -107,10 +107,22 @@ def encode_groups(values, element: tl.constexpr, power_of_two: tl.constexpr, sof
 
 
 @triton.jit
+def tile_of_columns(first, width, group: tl.constexpr, padded: tl.constexpr, block: tl.constexpr):
+    """`block` groups from group `first` on: their indices, the columns [block, padded], and which are there."""
+    index = first + tl.arange(0, block)
+    lane = tl.arange(0, padded)[None, :]
+    column = index[:, None] * group + lane
+    is_inside = column < width
+    if padded != group:
+        is_inside &= lane < group
+    return index, column, is_inside
+
+
+@triton.jit
 def tile_of_groups(
     num_groups, groups_per_row, width, group: tl.constexpr, padded: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
-    """This program's groups [block], their rows [block, 1] and elements' columns [block, padded]; which are there."""
+    """This program's groups [block] of all rows, their rows [block, 1], columns [block, padded]; which are there."""
     index = tl.program_id(0) * block + tl.arange(0, block)
     row = (index // groups_per_row).to(tl.int64)[:, None]
     lane = tl.arange(0, padded)[None, :]

@@ -27,6 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from megamem.kernels.norm import triton as norm_kernels
+
 SHARED_NBYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block, CUDA programming guide, table 30
 
 
@@ -38,6 +40,7 @@ class Case:
     constants:  its constexpr arguments
     aligned:    integers that are multiples of 16, as pointers are
     widths:     bytes of the widest load and the widest store
+    num_warps:  where the module's launches do not all have the same
     """
 
     kernel: str
@@ -46,7 +49,14 @@ class Case:
     aligned: tuple[str, ...] = ()
     targets: tuple[int, ...] = (80, 90, 100)
     widths: tuple[int, int] = (16, 16)
+    num_warps: int = 0
     id: str = ""
+
+    @property
+    def converts(self) -> bool:
+        """Whether the hardware is to convert from or to E4M3."""
+        codes = self.kernel.endswith("quantise_kernel") or self.constants.get("coded") or self.constants.get("stores")
+        return bool(codes) and (self.constants["element"], self.constants["soft"]) == ("e4m3", False)
 
     def source(self, function: Any) -> Any:
         """What Triton compiles."""
@@ -108,7 +118,77 @@ def codec_cases() -> list[Case]:
     return cases
 
 
-CASES = [*loss_cases(), *codec_cases()]
+def activation_cases() -> list[Case]:
+    types = {
+        **dict.fromkeys(("source", "output", "bias", "gradient", "input_gradient"), "*bf16"), "weights": "*fp32",
+        "scales": "*fp32", "codes": "*u8", "code_scales": "*fp32", "weights_gradient": "*fp32", "clamp": "fp32",
+        "offset": "fp32",
+    }  # fmt: skip
+    aligned = ("width", "stride")
+    cases = []
+    for function, whole, coded in (("silu", False, False), ("silu", False, True), ("gelu", True, True)):
+        for soft in (False, True):
+            shape = {
+                "coded": coded, "has_bias": whole and not coded, "has_weights": whole, "function": function,
+                "halves": 2, "has_clamp": whole, "group": 128, "padded": 128, "block": 32, "element": "e4m3",
+                "soft": soft,
+            }  # fmt: skip
+            kinds = types | ({"source": "*u8"} if coded else {})
+            targets = (80,) if soft else (90, 100)
+            name = f"{function}{'-everything' * whole}{'-coded' * coded}"
+            stores = {"stores": not coded, "power_of_two": False}
+            cases += [
+                Case(kernel="activation_kernel", constants=shape | stores, types=kinds, aligned=aligned,
+                     targets=targets, id=name),
+                Case(kernel="activation_backward_kernel", constants=shape, types=kinds, aligned=aligned,
+                     targets=targets, id=name),
+            ]  # fmt: skip
+    plain = {"coded": False, "has_bias": True, "has_weights": False, "halves": 1, "has_clamp": False}
+    plain |= {"function": "gelu", "group": 128, "padded": 128, "block": 32, "element": "int8", "soft": False}
+    stores = {"stores": True, "power_of_two": True}
+    return [
+        *cases,
+        Case(kernel="activation_kernel", constants=plain | stores, types=types, aligned=aligned, id="gelu"),
+        Case(kernel="activation_backward_kernel", constants=plain, types=types, aligned=aligned, id="gelu"),
+    ]
+
+
+def norm_warps(width: int) -> int:
+    return int(norm_kernels._tile(width, 128)["num_warps"])
+
+
+def norm_cases() -> list[Case]:
+    """Of rows of 4096 and of the most elements."""
+    types = {
+        **dict.fromkeys(("input", "source", "output", "weight", "bias", "gradient", "input_gradient"), "*bf16"),
+        **dict.fromkeys(("mean", "rstd", "scales", "weight_parts", "bias_parts"), "*fp32"), "codes": "*u8",
+        "eps": "fp32",
+    }  # fmt: skip
+    cases = []
+    for block, centred, coded in ((32, False, False), (32, True, True), (64, True, True), (128, True, True)):
+        for soft in (False, True):
+            shape = {"centred": centred, "has_bias": centred, "group": 128, "padded": 128, "block": block}
+            shape |= {"element": "e4m3", "soft": soft}
+            kinds = types | ({"source": "*u8"} if coded else {})
+            more: dict[str, Any] = {
+                "aligned": ("width", "stride"), "targets": (80,) if soft else (90, 100),
+                "id": f"{128 * block}{'-centred' * centred}{'-coded' * coded}",
+                "num_warps": norm_warps(128 * block),
+            }  # fmt: skip
+            stores = {"stores": coded, "power_of_two": False}
+            narrow = {"block": 16, "coded": coded}
+            cases += [
+                Case(kernel="norm_kernel", constants=shape | stores, types=types, **more),
+                Case(kernel="norm_rebuild_kernel", constants=shape | {"coded": coded}, types=kinds, **more),
+                Case(kernel="norm_backward_kernel", constants=shape | {"coded": coded, "sums": block <= 64},
+                     types=kinds, **more),
+                Case(kernel="norm_sums_kernel", constants=shape | narrow, types=kinds,
+                     **(more | {"num_warps": norm_warps(2048)})),
+            ]  # fmt: skip
+    return cases
+
+
+CASES = [*loss_cases(), *codec_cases(), *activation_cases(), *norm_cases()]
 
 
 def functions() -> dict[str, tuple[Any, Mapping[str, Any]]]:
@@ -134,9 +214,10 @@ def called_by(function: Any) -> set[str]:
 
 def compile_case(case: Case, capability: int) -> Compiled:
     function, launch = functions()[case.kernel]
+    options = launch | ({"num_warps": case.num_warps} if case.num_warps else {})
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(case.source(function), target=GPUTarget("cuda", capability, 32), options=launch)
+        compiled = triton.compile(case.source(function), target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     return Compiled(compiled.asm["ptx"], compiled.metadata.shared, log.getvalue())
 
@@ -172,7 +253,7 @@ def test_compiles_without_spills(case: Case, capability: int, tmp_path: Path, mo
     assert compiled.shared_nbytes <= SHARED_NBYTES[capability]
     assert not re.search(r"\b(atom|red)\.", compiled.ptx), "atomics: sums in no fixed order"
     assert tuple(widest_access(compiled.ptx, kind) for kind in ("ld", "st")) == case.widths
-    if case.constants.get("element") in ("e4m3",) and case.constants.get("soft") is False:
+    if case.converts:
         assert re.search(r"cvt\.rn(\.satfinite)?\.(e4m3x2\.f32|f16x2\.e4m3x2)", compiled.ptx), (
             "the hardware's conversion"
         )

@@ -1,0 +1,64 @@
+"""The norm as one differentiable operation, and its output made again from what it saved.
+
+What is saved are the input, as it is or in 8 bits, weight and bias, and one or two fp32 numbers for each token. As in
+`activation.autograd`, codes go through autograd, so whatever moves saved tensors moves them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..backends import Backend, implementation
+from ..block_codec import BlockFormat, from_saved, to_saved
+
+
+class NormFunction(torch.autograd.Function):
+    """input [T, D], weight [D], bias [D] or None -> output [T, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        bias_D: torch.Tensor | None,
+        eps: float,
+        centred: bool,
+        format: BlockFormat | None,
+        backend: Backend | None,
+    ) -> torch.Tensor:
+        """Output, statistics, and codes if there is a format."""
+        operations = implementation(__package__, backend, input_TD.device)
+        output_TD: torch.Tensor
+        output_TD, mean_T, rstd_T, quantised = operations.forward(input_TD, weight_D, bias_D, eps, centred, format)
+        ctx.format, ctx.operations = format, operations
+        source: tuple[torch.Tensor, torch.Tensor | None] = (input_TD, None)
+        if quantised is not None:
+            assert format is not None
+            source = to_saved(quantised, format)
+        ctx.save_for_backward(*source, mean_T, rstd_T, weight_D, bias_D)
+        return output_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
+    def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of input, weight and bias."""
+        source, mean_T, rstd_T, weight_D, bias_D = _saved(ctx)
+        input_gradient_TD, weight_gradient_D, bias_gradient_D = ctx.operations.backward(
+            gradient_TD.contiguous(), source, mean_T, rstd_T, weight_D, bias_D, ctx.format
+        )
+        return input_gradient_TD, weight_gradient_D, bias_gradient_D, None, None, None, None
+
+
+def rebuild_(node: Any, output: torch.Tensor) -> None:
+    """Write the output of the call whose `grad_fn` is `node` to `output` [T, D] once more, from what it saved."""
+    source, mean_T, rstd_T, weight_D, bias_D = _saved(node)
+    with torch.no_grad():
+        node.operations.rebuild_(output, source, mean_T, rstd_T, weight_D, bias_D, node.format)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The input as it was saved, mean, rstd, weight and bias."""
+    source, scales, *rest = ctx.saved_tensors
+    return source if scales is None else from_saved(source, scales), *rest
