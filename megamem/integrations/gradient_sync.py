@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch.nn import Module
 
-from megamem.ir.schedule import Action
+from megamem.errors import UnsupportedError
+from megamem.ir.schedule import Action, Schedule
 
 
 class GradientSync:
@@ -85,3 +87,30 @@ def _per_chunk(functions: Any, chunks: Sequence[Module]) -> list[Callable[..., A
     if functions is None:
         return None
     return list(functions) if isinstance(functions, list) else [functions] * len(chunks)
+
+
+def check_order(schedule: Schedule, *, reduces: bool, overwrites: bool) -> None:
+    """Raise UnsupportedError where a chunk's gradients come in an order that would spoil them.
+
+    reduces:     gradients are reduced while the last microbatch makes them, so its must be a chunk's last ones
+    overwrites:  the microbatch that runs forward first replaces the gradients of the step before instead of adding to
+                 them (Transformer Engine, with gradient_accumulation_fusion), so its must be a chunk's first ones
+    """
+    for rank, actions in enumerate(schedule.ranks):
+        for chunk in range(schedule.placement.num_chunks):
+            first = next(action for action in actions if action.chunk == chunk and action.kind == "F")
+            for kinds in (("B", "BW"), ("W", "BW")):
+                order = [action for action in actions if action.chunk == chunk and action.kind in kinds]
+                late = next((b for a, b in itertools.pairwise(order) if a.microbatch > b.microbatch), None)
+                if reduces and late is not None:
+                    raise UnsupportedError(
+                        f"schedule {schedule.name}: rank {rank} runs {late} after a later microbatch's, and gradients "
+                        "are reduced while the last microbatch makes them; switch overlap_grad_reduce off, or keep "
+                        "the microbatches in order"
+                    )
+                if overwrites and order and order[0].microbatch != first.microbatch:
+                    raise UnsupportedError(
+                        f"schedule {schedule.name}: rank {rank} runs {first} first but {order[0]} before its backward "
+                        "pass, and with gradient_accumulation_fusion Transformer Engine takes the gradients of the "
+                        "first microbatch for the first ones; switch it off, or keep the microbatches in order"
+                    )

@@ -39,13 +39,9 @@ class SplitLinears:
 
     def learn(self, chunks: Sequence[Module]) -> int:
         """Find the weights that only linear layers use; how many there are, without output layers."""
-        owners: dict[Parameter, list[tuple[str, Module]]] = {}
-        for chunk in chunks:
-            for path, module in chunk.named_modules():
-                for parameter in module.parameters(recurse=False):
-                    owners.setdefault(parameter, []).append((path, module))
         linears = (layers.ColumnParallelLinear, layers.RowParallelLinear)
-        found = {key: users for key, users in owners.items() if all(isinstance(user, linears) for _, user in users)}
+        users_of = users_of_parameters(chunks)
+        found = {key: users for key, users in users_of.items() if all(isinstance(user, linears) for _, user in users)}
         self._splittable |= {id(parameter): weakref.ref(parameter) for parameter in found}
         return sum(not users[0][0].endswith("output_layer") for users in found.values())
 
@@ -83,6 +79,16 @@ class SplitLinears:
         return found
 
 
+def users_of_parameters(chunks: Iterable[Module]) -> dict[Parameter, list[tuple[str, Module]]]:
+    """The modules, and their paths, that have each parameter."""
+    users: dict[Parameter, list[tuple[str, Module]]] = {}
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(parameter, []).append((path, module))
+    return users
+
+
 class _Sink:
     """Where one call of a linear layer leaves its weight gradient."""
 
@@ -117,12 +123,19 @@ class _Sink:
             kernels.wgrad_gemm_accum_fp32(source, grad_output, weight.main_grad)
         else:
             kernels.wgrad_gemm_accum_fp16(source, grad_output, weight.main_grad)
-        if not hasattr(weight, "grad_added_to_main_grad"):
-            return None
-        # DDP's hook runs only where a gradient arrives, and does not look at this one.
-        weight.grad_added_to_main_grad = True
-        make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
-        return make(weight.main_grad.shape, dtype=source.dtype, device=source.device)
+        return accumulated(weight)
+
+
+def accumulated(weight: Any) -> Tensor | None:
+    """What autograd gets for a weight gradient that was added to `main_grad` already.
+
+    Megatron's DDP looks at its hook whether a gradient arrives, and does not look at this one.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight.detach())
 
 
 class _InputGradientOnly:

@@ -13,7 +13,6 @@ gets the number of tokens, loss dicts come back in the order of microbatches and
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,10 +31,11 @@ from torch.nn import Module
 from megamem.config import Scheduling
 from megamem.errors import PipelineError, UnsupportedError
 from megamem.integrations import compat
-from megamem.integrations.gradient_sync import GradientSync
+from megamem.integrations.gradient_sync import GradientSync, check_order
 from megamem.integrations.megatron_linear import SplitLinears
 from megamem.integrations.placement import VPlacement
 from megamem.integrations.step_call import StepCall
+from megamem.integrations.transformer_engine import DelayedLinears
 from megamem.ir.schedule import Action, Placement, Schedule, Shape
 from megamem.planner.schedules.families import FAMILIES
 from megamem.planner.schedules.forward_order import forward_order
@@ -101,12 +101,14 @@ class MegatronSchedule:
         self.offloads = offloads(options)
         self.queue = WeightQueue()
         self.linears = SplitLinears(self.queue)
+        self.delayed = DelayedLinears(self.queue)
         self.trace: Trace | None = None
         self.records = options.trace != "none"  # whether steps are traced
         self.observe: Callable[[Action], None] | None = None  # called after every action of a training step
         self.leaving: tuple[int, int] | None = None  # chunk and microbatch that runs forward and is to be offloaded
         self.reload: Callable[[tuple[int, int]], None] = lambda key: None  # what RELOAD calls
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
+        self._ordered: set[tuple[int, bool]] = set()  # plans, by id, whose order of gradients is known to be right
         self._is_alone = self._can_split = False
         self._links: Links | None = None
         self._mailbox: Mailbox | None = None
@@ -141,7 +143,8 @@ class MegatronSchedule:
         return self.linears.unsplit([chunk for ref in self._chunks if (chunk := ref()) is not None])
 
     def close(self) -> None:
-        """Drop the connections; the next step would make new ones."""
+        """Drop the connections, which the next step would make anew, and give layers back what was taken from them."""
+        self.delayed.close()
         if self._notice is not None:
             self._notice.close()
         if self._links is not None:
@@ -156,8 +159,8 @@ class MegatronSchedule:
         config = get_model_config(call.chunks[0])
         self._check(call, config)
         plan = self._plan(call)
-        if config.no_sync_func is not None and not call.forward_only:
-            _check_order(plan.schedule)
+        if not call.forward_only:
+            self._check_order(plan, reduces=config.no_sync_func is not None)
         return self._guarded(call, config, plan)
 
     def _say_alone(self) -> None:
@@ -175,9 +178,16 @@ class MegatronSchedule:
         refuse(config, self.options.name)
         if self.placement is not None:
             self.placement.check_model(call.chunks)
-        self._can_split = _total(self.linears.learn(call.chunks), call.group, call.device) > 0
+        matrices = self.linears.learn(call.chunks) + self.delayed.learn(call.chunks)
+        self._can_split = _total(matrices, call.group, call.device) > 0
         self._known.update(call.chunks)
         self._chunks = [weakref.ref(chunk) for chunk in call.chunks]
+
+    def _check_order(self, plan: _Plan, reduces: bool) -> None:
+        """Once per plan and setting."""
+        if (key := (id(plan), reduces)) not in self._ordered:
+            check_order(plan.schedule, reduces=reduces, overwrites=self.delayed.overwrites)
+            self._ordered.add(key)
 
     def _plan(self, call: StepCall) -> _Plan:
         key = len(call.chunks), call.num_microbatches, call.forward_only
@@ -201,10 +211,11 @@ class MegatronSchedule:
 
     def _refuse_idle_split(self, schedule: Schedule) -> None:
         if schedule.splits_backward and not self._can_split:
+            why = "".join(f"; of Transformer Engine's, {problem}" for problem in self.delayed.problems)
             raise UnsupportedError(
                 f"schedule {schedule.name} computes weight gradients apart, and no linear layer of this model can: "
-                "that needs tensor_parallel.ColumnParallelLinear or RowParallelLinear; Transformer Engine's are not "
-                "supported yet. Use 1f1b or interleaved, or the local transformer implementation"
+                "that needs tensor_parallel.ColumnParallelLinear or RowParallelLinear, or Transformer Engine's Linear, "
+                f"LayerNormLinear or GroupedLinear{why}. Use 1f1b or interleaved"
             )
 
     def _guarded(self, call: StepCall, config: Any, plan: _Plan) -> list[Any]:
@@ -252,6 +263,7 @@ class MegatronSchedule:
         """After a failure: nothing of the step may be left, and nothing of its connections."""
         assert self._links is not None and self._notice is not None
         self.queue.clear()
+        self.delayed.forget()
         self._links.close()
         self._notice.next_epoch()
 
@@ -298,21 +310,6 @@ def offloads(options: Scheduling) -> bool:
     if options.name == "file":
         return any(action.kind == "OFFLOAD" for _, action in load_schedule(options.file))
     return options.name in FAMILIES and FAMILIES[options.name].offloads
-
-
-def _check_order(schedule: Schedule) -> None:
-    """Refuse orders in which a chunk's last gradients are not those of its last microbatch."""
-    for rank, actions in enumerate(schedule.ranks):
-        for chunk in range(schedule.placement.num_chunks):
-            for kinds in (("B", "BW"), ("W", "BW")):
-                order = [action for action in actions if action.chunk == chunk and action.kind in kinds]
-                late = next((b for a, b in itertools.pairwise(order) if a.microbatch > b.microbatch), None)
-                if late is not None:
-                    raise UnsupportedError(
-                        f"schedule {schedule.name}: rank {rank} runs {late} after a later microbatch's, and gradients "
-                        "are reduced while the last microbatch makes them; switch overlap_grad_reduce off, or keep "
-                        "the microbatches in order"
-                    )
 
 
 def refuse(config: Any, name: str) -> None:
@@ -462,16 +459,16 @@ class _Stages(AbstractStages):
     def _in_chunk(self, action: Action) -> Iterator[None]:
         """What holds while a chunk runs: where its weight gradients go, and which stage Megatron believes it is."""
         key = action.chunk, action.microbatch
-        if key in self._plan.split:
-            self._queue.collect(*key)
         if action.kind == "F" and key in self._plan.offloaded:
             self._owner.leaving = key
         try:
-            if self._placement is None:
+            with contextlib.ExitStack() as stack:
+                if key in self._plan.split:
+                    self._queue.collect(*key)
+                    stack.enter_context(self._owner.delayed.hiding(*key, forward=action.kind == "F"))
+                if self._placement is not None:
+                    stack.enter_context(self._placement.as_stage(action.chunk))
                 yield
-            else:
-                with self._placement.as_stage(action.chunk):
-                    yield
         finally:
             self._queue.stop()
             self._owner.leaving = None

@@ -1,0 +1,345 @@
+"""The one file that knows Transformer Engine (2.10 and later): whatever megamem reads or calls there stands here.
+
+Transformer Engine's extension is compiled with CUDA. What this file takes from its Python, names, arguments and
+attributes, is read out of this file and held against the sources of its releases by a test, so objects of
+Transformer Engine are annotated with their types here.
+
+    installed, is_loaded         which release, with the remedy where it is missing or too old
+    DelayedLinears               weight gradients of its linear layers, apart from their input gradients
+
+It is never imported for its own sake: what a model does not use is not loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megamem.errors import MissingPackage
+from megamem.integrations.megatron_linear import accumulated, users_of_parameters
+from megamem.runtime.pipeline.weights import WeightQueue, WeightTask
+
+if TYPE_CHECKING:
+    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, Linear
+    from transformer_engine.pytorch.module._common import WeightGradStore
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+
+OLDEST = Version("2.10")
+_REMEDY = 'pip install --no-build-isolation "megamem[te]"'
+
+
+def installed() -> Version:
+    """The release of Transformer Engine. Raises MissingPackage where there is none, or one before 2.10."""
+    package = sys.modules.get("transformer_engine")
+    try:
+        found = Version(getattr(package, "__version__", None) or importlib.metadata.version("transformer_engine"))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingPackage(f"Transformer Engine is not installed; {_REMEDY} (it is compiled with CUDA)") from error
+    if found < OLDEST:
+        raise MissingPackage(f"Transformer Engine {found} is older than {OLDEST}, the first one supported; {_REMEDY}")
+    return found
+
+
+def is_loaded() -> bool:
+    """Whether anything in this process uses Transformer Engine; without, no model can have its layers."""
+    return "transformer_engine.pytorch" in sys.modules
+
+
+# -- weight gradients apart from input gradients ---------------------------------------------------------------------
+
+
+class DelayedLinears:
+    """Puts the weight gradients of Transformer Engine's linear layers on a queue while it has an open list.
+
+    Its autograd functions ask `module.wgrad_store` whether the weight gradient is to be put off, and if so leave with
+    it what the matrix product needs; `module.backward_dw()` computes it. That is what `delay_wgrad_compute` switches
+    on, for good, when a layer is built, and Megatron-Core refuses it without overlapped experts. Here the store is
+    replaced by one that asks the queue, microbatch for microbatch, so nothing has to be known when the model is built.
+
+    While a microbatch runs that will be split, each weight is hidden by an alias without hooks: autograd would run the
+    hooks of the parameter (Megatron's DDP) in B, when there is no gradient yet.
+
+    Put off is what Transformer Engine keeps for the product: under sequence parallelism the gathered input.
+    """
+
+    def __init__(self, queue: WeightQueue) -> None:
+        self._queue = queue
+        self._layers: list[_Layer] = []
+        self.problems: list[str] = []  # why layers of Transformer Engine cannot be split, each reason once
+        self.overwrites = False  # whether a step's first microbatch is not added to main_grad but replaces it
+
+    def learn(self, chunks: Sequence[Module]) -> int:
+        """Take the linear layers over that can be split; how many matrices they have.
+
+        Raises MissingPackage for a release before 2.10.
+        """
+        if not is_loaded():
+            return 0
+        installed()
+        users = users_of_parameters(chunks)
+        self._layers = [layer for layer in self._layers if layer.is_alive]
+        known = {id(layer.module) for layer in self._layers}
+        count = 0
+        for index, chunk in enumerate(chunks):
+            for module in chunk.modules():
+                if not hasattr(module, "wgrad_store") or id(module) in known:
+                    continue
+                self.overwrites |= module.fuse_wgrad_accumulation
+                problem = _unsplittable(module, users)
+                if problem is None:
+                    layer = _Layer(module, index, self._queue)
+                    self._layers.append(layer)
+                    count += len(layer.weights)
+                elif problem not in self.problems:
+                    self.problems.append(problem)
+        return count
+
+    @contextlib.contextmanager
+    def hiding(self, chunk: int, microbatch: int, *, forward: bool) -> Iterator[None]:
+        """While a chunk runs a microbatch, forward or backward, whose weight gradients are put off."""
+        mine = [layer for layer in self._layers if layer.chunk == chunk]
+        for layer in mine:
+            layer.hide(microbatch, forward)
+        try:
+            yield
+        finally:
+            for layer in mine:
+                layer.show()
+
+    def forget(self) -> None:
+        """After a step that failed."""
+        for layer in self._layers:
+            layer.aliases.clear()
+
+    def close(self) -> None:
+        """Give the layers their own stores back."""
+        while self._layers:
+            self._layers.pop().close()
+
+
+def _unsplittable(module: Any, users: dict[Parameter, list[tuple[str, Module]]]) -> str | None:
+    """Why a module with a weight-gradient store cannot be split, or None."""
+    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, Linear
+
+    if not isinstance(module, (Linear, LayerNormLinear, GroupedLinear)):
+        return f"{type(module).__name__} has weight gradients of several kinds"
+    if _puts_off(module):
+        return "delay_wgrad_compute puts them off already"
+    if not isinstance(module, GroupedLinear) and (problem := _shape_problem(module)) is not None:
+        return problem
+    for name in _Names.of(module).weights:
+        weight = getattr(module, name)
+        if type(weight) is not Parameter:
+            return f"their weights are {type(weight).__name__}, not plain parameters (fp8_param_gather)"
+        if hasattr(weight, "__fsdp_param__"):
+            return "their weights belong to Megatron-FSDP"
+        if len(users[weight]) > 1:
+            return "their weights are used elsewhere too"
+        if not weight.requires_grad:
+            return "their weights are frozen"
+    return None
+
+
+def _puts_off(module: Linear | LayerNormLinear | GroupedLinear) -> bool:
+    store: WeightGradStore = module.wgrad_store
+    return bool(store.delay_wgrad_compute())
+
+
+def _shape_problem(module: Linear | LayerNormLinear) -> str | None:
+    if len(module.weight_names) > 1:
+        return "parameters_split cuts a weight into several parameters"
+    if module.ub_overlap_ag_dgrad or module.ub_overlap_rs_dgrad or module.ub_bulk_dgrad or module.ub_bulk_wgrad:
+        return "tp_comm_overlap hides communication behind the weight gradients"
+    return None
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The parameters of a linear layer: matrices, biases, and which biases its autograd function adds.
+
+    A bias that the layer adds, or returns, outside the function has its gradient in B, by autograd.
+    """
+
+    weights: list[str]
+    biases: list[str]
+    fused: list[str]
+
+    @classmethod
+    def of(cls, module: Linear | LayerNormLinear | GroupedLinear) -> _Names:
+        from transformer_engine.pytorch import GroupedLinear
+
+        return cls.of_grouped(module) if isinstance(module, GroupedLinear) else cls.of_single(module)
+
+    @classmethod
+    def of_single(cls, module: Linear | LayerNormLinear) -> _Names:
+        biases = list(module.bias_names) if module.use_bias else []
+        is_fused = module.apply_bias and not module.gemm_bias_unfused_add
+        return cls(list(module.weight_names), biases, biases if is_fused else [])
+
+    @classmethod
+    def of_grouped(cls, module: GroupedLinear) -> _Names:
+        several = range(module.num_gemms)
+        weights = ["weight"] if "weight" in module._parameters else [f"weight{index}" for index in several]
+        biases = [f"bias{index}" for index in several] if module.use_bias else []
+        return cls(weights, biases, biases if module.apply_bias else [])
+
+
+class _Layer:
+    """One linear layer whose store is ours."""
+
+    def __init__(self, module: Linear | LayerNormLinear | GroupedLinear, chunk: int, queue: WeightQueue) -> None:
+        self._reference = weakref.ref(module)
+        self.chunk = chunk
+        names = _Names.of(module)
+        self.weights, self.biases = names.weights, names.biases
+        self.delayed = [name for name in (*names.weights, *names.fused) if getattr(module, name).requires_grad]
+        self.aliases: dict[int, dict[str, Any]] = {}  # by microbatch, until its weight gradients are computed
+        self._microbatch = -1
+        self._queue = queue
+        self._own: WeightGradStore = module.wgrad_store
+        self.store = _store_class()(self, queue)
+        module.wgrad_store = self.store
+        # A subclass (Megatron's) may call it under a condition of its own.
+        self._backward_dw = next(
+            vars(kind)["backward_dw"]
+            for kind in type(module).__mro__
+            if kind.__module__.startswith("transformer_engine.") and "backward_dw" in vars(kind)
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        return self._reference() is not None
+
+    @property
+    def module(self) -> Any:
+        module = self._reference()
+        assert module is not None
+        return module
+
+    def hide(self, microbatch: int, forward: bool) -> None:
+        """Have the layer see an alias of each parameter whose gradient is put off: in B those of F."""
+        self._microbatch = microbatch
+        if forward:
+            self.aliases[microbatch] = {name: _alias(self.parameter(name)) for name in self.delayed}
+        vars(self.module).update(self.aliases[microbatch])  # found before what __getattr__ finds, the parameter
+
+    def show(self) -> None:
+        """Have the layer see its parameters."""
+        for name in (*self.weights, *self.biases):
+            vars(self.module).pop(name, None)
+
+    def parameter(self, name: str) -> Any:
+        """The parameter itself, hidden or not."""
+        return self.module._parameters[name]
+
+    def put(self, tensors: Sequence[Any], function: Callable[..., Any]) -> None:
+        """In B: leave a task for each parameter whose gradient is put off."""
+        tasks = self._queue.current
+        assert tasks is not None
+        call = _Call(self, self._microbatch, tensors, function)
+        kept = tuple(_buffers(tensors))
+        for name in self.delayed:
+            task = WeightTask(parameter=self.parameter(name), gradient=call.gradient_of(name), kept=kept)
+            self._queue.put(tasks, task)
+            kept = ()  # counted once
+
+    def compute(self, tensors: Sequence[Any], function: Callable[..., Any], aliases: dict[str, Any]) -> None:
+        """Run the layer's `backward_dw` on what was put: it leaves the gradients on the aliases."""
+        others = {name: self.parameter(name).detach() for name in self.biases if name not in aliases}
+        for other in others.values():
+            other.grad = other.detach()  # it has one, so backward_dw does not look for it
+        vars(self.module).update({**aliases, **others})
+        try:
+            with self.store.giving(tensors, function):
+                self._backward_dw(self.module)
+        finally:
+            self.show()
+
+    def close(self) -> None:
+        module = self._reference()
+        if module is not None:
+            module.wgrad_store = self._own
+            self.show()
+
+
+def _alias(parameter: Any) -> Any:
+    """The same memory as a leaf of its own, with what Transformer Engine looks for on a parameter."""
+    alias: Any = parameter.detach().requires_grad_(parameter.requires_grad)
+    if hasattr(parameter, "main_grad"):
+        alias.main_grad = parameter.main_grad
+    return alias
+
+
+class _Call:
+    """The weight gradients of one call of a layer, which are computed together when the first one is asked for."""
+
+    def __init__(self, layer: _Layer, microbatch: int, tensors: Sequence[Any], function: Callable[..., Any]) -> None:
+        self._layer, self._microbatch = layer, microbatch
+        self._todo: tuple[Sequence[Any], Callable[..., Any]] | None = (tensors, function)
+        self._gradients: dict[str, Tensor | None] = {}
+
+    def gradient_of(self, name: str) -> Callable[[], Tensor | None]:
+        return lambda: self._gradient(name)
+
+    def _gradient(self, name: str) -> Tensor | None:
+        if self._todo is not None:
+            (tensors, function), self._todo = self._todo, None
+            aliases = self._layer.aliases[self._microbatch]
+            self._layer.compute(tensors, function, aliases)
+            for key, alias in aliases.items():
+                self._gradients[key], alias.grad = alias.grad, None
+        gradient = self._gradients.pop(name)
+        if gradient is None and name in self._layer.weights and self._layer.module.fuse_wgrad_accumulation:
+            return accumulated(self._layer.parameter(name))
+        return gradient
+
+
+@cache
+def _store_class() -> Any:
+    """Transformer Engine's store of weight gradients, asking and filling the queue."""
+    from transformer_engine.pytorch.module._common import WeightGradStore
+
+    class QueuedStore(WeightGradStore):  # type: ignore[misc]
+        def __init__(self, layer: _Layer, queue: WeightQueue) -> None:
+            super().__init__(True)
+            self._layer, self._queue, self._gives = layer, queue, False
+
+        def delay_wgrad_compute(self) -> bool:
+            return self._gives or self._queue.current is not None
+
+        def put(self, tensor_list: Sequence[Any], func: Callable[..., Any]) -> None:
+            self._layer.put(tensor_list, func)
+
+        @contextlib.contextmanager
+        def giving(self, tensors: Sequence[Any], function: Callable[..., Any]) -> Iterator[None]:
+            """While `backward_dw` takes this from the store."""
+            super().put(tensors, function)
+            self._gives = True
+            try:
+                yield
+            finally:
+                self._gives = False
+
+    return QueuedStore
+
+
+def _buffers(tensors: Any) -> Iterator[Tensor]:
+    """The memory behind what a store was given: tensors, quantised ones, lists of them."""
+    if isinstance(tensors, (list, tuple)):
+        for item in tensors:
+            yield from _buffers(item)
+    elif hasattr(tensors, "get_data_tensors"):
+        storage: QuantizedTensorStorage = tensors
+        yield from _buffers(storage.get_data_tensors())
+    elif isinstance(tensors, Tensor):
+        yield tensors
