@@ -30,6 +30,8 @@ EXTRAS = {
         "scipy>=1.9",
         "setuptools>=77",
         "wheel",
+        "pydantic>=2",  # this and einops: Transformer Engine's Python, which tests run
+        "einops",
         "triton; sys_platform == 'linux'",  # its interpreter runs kernels on the CPU; PyTorch brings it only with CUDA
     ],
 }

@@ -43,6 +43,8 @@ FAILED=
 
 make_environment
 install_into_environment train,dev
+STEP="fetching the sources of Transformer Engine"
+"$PY" ci/transformer_engine.py || say "no sources of Transformer Engine: the tests that read them are skipped"
 
 STEP="checking"
 say "checking format, lint, size and types"

@@ -30,9 +30,12 @@ from megamem.integrations.megatron_linear import accumulated, users_of_parameter
 from megamem.runtime.pipeline.weights import WeightQueue, WeightTask
 
 if TYPE_CHECKING:
-    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, Linear
+    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
     from transformer_engine.pytorch.module._common import WeightGradStore
-    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+    from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
+    from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4TensorStorage
 
 OLDEST = Version("2.10")
 _REMEDY = 'pip install --no-build-isolation "megamem[te]"'
@@ -86,15 +89,19 @@ class DelayedLinears:
         if not is_loaded():
             return 0
         installed()
+        from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
+
         users = users_of_parameters(chunks)
         self._layers = [layer for layer in self._layers if layer.is_alive]
         known = {id(layer.module) for layer in self._layers}
         count = 0
         for index, chunk in enumerate(chunks):
             for module in chunk.modules():
-                if not hasattr(module, "wgrad_store") or id(module) in known:
+                if not isinstance(module, (Linear, LayerNormLinear, GroupedLinear, LayerNormMLP)):
                     continue
-                self.overwrites |= module.fuse_wgrad_accumulation
+                if id(module) in known:
+                    continue
+                self.overwrites |= _fuses(module)
                 problem = _unsplittable(module, users)
                 if problem is None:
                     layer = _Layer(module, index, self._queue)
@@ -127,12 +134,17 @@ class DelayedLinears:
             self._layers.pop().close()
 
 
-def _unsplittable(module: Any, users: dict[Parameter, list[tuple[str, Module]]]) -> str | None:
-    """Why a module with a weight-gradient store cannot be split, or None."""
-    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, Linear
+def _fuses(module: Linear | LayerNormLinear | GroupedLinear | LayerNormMLP) -> bool:
+    """Whether the weight gradient is added to `main_grad` by the product itself."""
+    return bool(module.fuse_wgrad_accumulation)
 
-    if not isinstance(module, (Linear, LayerNormLinear, GroupedLinear)):
-        return f"{type(module).__name__} has weight gradients of several kinds"
+
+def _unsplittable(module: Module, users: dict[Parameter, list[tuple[str, Module]]]) -> str | None:
+    """Why a layer with weight gradients cannot be split, or None."""
+    from transformer_engine.pytorch import GroupedLinear, LayerNormMLP
+
+    if isinstance(module, LayerNormMLP):
+        return "LayerNormMLP has the gradients of two products"
     if _puts_off(module):
         return "delay_wgrad_compute puts them off already"
     if not isinstance(module, GroupedLinear) and (problem := _shape_problem(module)) is not None:
@@ -209,12 +221,8 @@ class _Layer:
         self._own: WeightGradStore = module.wgrad_store
         self.store = _store_class()(self, queue)
         module.wgrad_store = self.store
-        # A subclass (Megatron's) may call it under a condition of its own.
-        self._backward_dw = next(
-            vars(kind)["backward_dw"]
-            for kind in type(module).__mro__
-            if kind.__module__.startswith("transformer_engine.") and "backward_dw" in vars(kind)
-        )
+        theirs: type[Linear] | type[LayerNormLinear] | type[GroupedLinear] = _theirs(module)
+        self._backward_dw = theirs.backward_dw  # a subclass (Megatron's) calls it under conditions of its own
 
     @property
     def is_alive(self) -> bool:
@@ -272,6 +280,11 @@ class _Layer:
             self.show()
 
 
+def _theirs(module: Module) -> Any:
+    """The class of Transformer Engine that a layer is of, or is derived from."""
+    return next(kind for kind in type(module).__mro__ if kind.__module__.startswith("transformer_engine."))
+
+
 def _alias(parameter: Any) -> Any:
     """The same memory as a leaf of its own, with what Transformer Engine looks for on a parameter."""
     alias: Any = parameter.detach().requires_grad_(parameter.requires_grad)
@@ -299,7 +312,7 @@ class _Call:
             for key, alias in aliases.items():
                 self._gradients[key], alias.grad = alias.grad, None
         gradient = self._gradients.pop(name)
-        if gradient is None and name in self._layer.weights and self._layer.module.fuse_wgrad_accumulation:
+        if gradient is None and name in self._layer.weights and _fuses(self._layer.module):
             return accumulated(self._layer.parameter(name))
         return gradient
 
@@ -339,7 +352,7 @@ def _buffers(tensors: Any) -> Iterator[Tensor]:
         for item in tensors:
             yield from _buffers(item)
     elif hasattr(tensors, "get_data_tensors"):
-        storage: QuantizedTensorStorage = tensors
+        storage: Float8TensorStorage | Float8BlockwiseQTensorStorage | MXFP8TensorStorage | NVFP4TensorStorage = tensors
         yield from _buffers(storage.get_data_tensors())
     elif isinstance(tensors, Tensor):
         yield tensors

@@ -61,6 +61,9 @@ class GptCase:
     tied: bool = False
     dropout: float = 0.0
     flash_attention: bool = True  # of our local spec; False takes Megatron's own attention with its s x s scores
+    transformer_engine: bool = (
+        False  # its linear layers and norms around our attention (see testing.transformer_engine)
+    )
     dtype: torch.dtype = torch.float32
     ddp: bool = True  # Megatron's DDP, which also finalises gradients; without it gradients stay local to the rank
     distributed_optimizer: bool = False
@@ -141,7 +144,7 @@ def build_gpt(
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
         model = GPTModel(
             config,
-            (spec or _local_spec(case))(config, vp_stage),
+            (spec or _layer_spec(case))(config, vp_stage),
             vocab_size=case.vocab,
             max_sequence_length=case.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=case.vpp is None, vp_stage=vp_stage),
@@ -158,11 +161,19 @@ def build_gpt(
     return chunks
 
 
-def _local_spec(case: GptCase) -> SpecMaker:
-    from megamem.integrations.local_spec import local_layer_spec
+def _layer_spec(case: GptCase) -> SpecMaker:
+    from megamem.integrations.local_spec import FlashAttention, local_layer_spec
 
     def make(config: TransformerConfig, vp_stage: int | None) -> Any:
-        return local_layer_spec(config, flash_attention=case.flash_attention, vp_stage=vp_stage)
+        if not case.transformer_engine:
+            return local_layer_spec(config, flash_attention=case.flash_attention, vp_stage=vp_stage)
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        made = get_gpt_layer_with_transformer_engine_spec(
+            case.experts, moe_grouped_gemm=case.experts is not None, qk_layernorm=case.qk_layernorm
+        )
+        made.submodules.self_attention.submodules.core_attention = FlashAttention
+        return made
 
     return make
 

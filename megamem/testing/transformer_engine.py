@@ -1,7 +1,8 @@
 """Transformer Engine's own Python on a CPU: only its compiled extension is replaced, by `te_kernels`.
 
-    install(folder)                     # of an unpacked wheel `transformer_engine-<version>-py3-none-any.whl`
-    import transformer_engine.pytorch   # its modules, autograd functions, quantised storages, weight-gradient store
+    install(folder)                         # of an unpacked wheel `transformer_engine-<version>-py3-none-any.whl`
+    with cpu_rig(), claiming_cuda():
+        import transformer_engine.pytorch   # its modules, autograd functions, quantised storages, weight-gradient store
 
 To be called before Megatron-Core is imported, which looks for Transformer Engine then and only then. For the life of
 the process: what has been imported cannot be taken back.
@@ -12,16 +13,21 @@ in `te_kernels` cannot be run so, and says so when it is called.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import importlib.machinery
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megamem.testing import te_kernels
+from megamem.testing._undo import Ledger
 
 _EXTENSION = "transformer_engine_torch"
 _GEMMS = (1, 2, 3)
@@ -46,6 +52,18 @@ def install(folder: Path) -> str:
     common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     return version
+
+
+@contextlib.contextmanager
+def claiming_cuda() -> Iterator[None]:
+    """While Transformer Engine runs: it asks whether there is CUDA, and of each input whether it is there."""
+    ledger = Ledger()
+    ledger.set(torch.cuda, "is_available", lambda: True)
+    ledger.set(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    try:
+        yield
+    finally:
+        ledger.undo()
 
 
 class _TensorMeta:

@@ -1,0 +1,156 @@
+"""Small GPTs with Transformer Engine's layers, trained with and without megamem, for test_te_live.py.
+
+usage: python te_cases.py FOLDER CASE ...
+
+FOLDER holds an unpacked wheel of Transformer Engine; its Python runs, on kernels written in PyTorch
+(`megamem.testing.transformer_engine`). A process of its own, because Megatron-Core finds Transformer Engine when it is
+imported, or never. Prints one JSON object: what each case found, by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megamem.testing.transformer_engine import claiming_cuda, install
+
+Fields = dict[str, Any]
+
+LLAMA: Fields = {"layers": 4, "activation": "swiglu", "norm": "RMSNorm", "bias": False, "kv_groups": 2}
+GPT: Fields = {"layers": 4, "activation": "gelu", "norm": "LayerNorm", "bias": True}
+OVERLAP: Fields = {"ddp": {"overlap_grad_reduce": True}}
+FUSED: Fields = {"gradient_accumulation_fusion": True}
+
+
+def fp8(recipe: str) -> Fields:
+    """Model fields for FP8."""
+    return {"dtype": "bfloat16", "config": {"fp8": "hybrid", "fp8_recipe": recipe}}
+
+
+class FusedOnCpu:
+    """The two functions of Apex's CUDA extension that Megatron's own output layer calls, in PyTorch."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(source: Any, grad_output: Any, main_grad: Any) -> None:
+        main_grad.add_(grad_output.float().t().matmul(source.float()))
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def make_case(fields: Fields, options: Fields) -> Any:
+    """The case, with its groups made."""
+    import torch
+
+    from megamem.testing.models import GptCase, init_parallel
+    from megamem.testing.pipeline import PipelineCase
+
+    fields = {**fields, "dtype": getattr(torch, fields.get("dtype", "float32"))}
+    case = PipelineCase(gpt=GptCase(transformer_engine=True, **fields), **options)
+    init_parallel(case.gpt)
+    return case
+
+
+def layers_of(chunks: Any) -> list[Any]:
+    """Transformer Engine's layers with weight gradients."""
+    return [
+        module for chunk in chunks for module in chunk.modules() if getattr(module, "wgrad_store", None) is not None
+    ]
+
+
+def split(fields: Fields, options: Fields, name: str) -> Fields:
+    """Stock Megatron against a schedule: what differs, how much was split, what is left in the model afterwards."""
+    from megatron.core.tensor_parallel import layers
+
+    from megamem.testing import pipeline
+
+    built: list[Any] = []
+    build = pipeline.build_pipeline
+    found: Fields = {}
+
+    def note(case: Any) -> Any:
+        built[:] = build(case)
+        return built
+
+    def look(handle: Any) -> None:
+        found.update(split=len(handle.schedule.queue.split), unsplit=handle.schedule.unsplit())
+        found["waiting"] = len(handle.schedule.queue.waiting)
+
+    with (
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", FusedOnCpu, create=True),
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(pipeline, "build_pipeline", note),
+    ):
+        case = make_case(fields, options)
+        stock = pipeline.train_pipeline(case)
+        ours = pipeline.train_pipeline(case, {"name": name}, inspect=look)
+    found["differences"] = ours.differences(stock)
+    found["matrices"] = sum(len(gradient.shape) > 1 for gradient in stock.gradients.values())
+    modules = layers_of(built)
+    found["layers"] = len(modules)
+    found["stores"] = sorted({type(module.wgrad_store).__name__ for module in modules})
+    found["hidden"] = sum("weight" in vars(module) for module in modules)
+    return found
+
+
+def refused(fields: Fields, name: str, attribute: str, value: Any) -> Fields:
+    """With this set on every layer: the error."""
+    from megamem.errors import MegamemError
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing import pipeline
+
+    case = make_case(fields, {})
+    chunks = pipeline.build_pipeline(case)
+    for module in layers_of(chunks):
+        setattr(module, attribute, value)
+    with enable({"schedule": {"name": name}}):
+        try:
+            pipeline.run_step(case, chunks, 4, seed=0)
+        except MegamemError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": ""}
+
+
+CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
+    "llama": (2, split, ({**LLAMA, "pp": 2}, {}, "zb-h1")),
+    "overlapped reduction": (2, split, ({**GPT, "pp": 2}, OVERLAP, "zb-h1")),
+    "chunks": (2, split, ({**LLAMA, "pp": 2, "vpp": 2, "dtype": "bfloat16"}, {}, "gis")),
+    "experts": (2, split, ({**GPT, "pp": 2, "experts": 4}, OVERLAP, "zb-h1")),
+    "fp8 tensorwise": (2, split, ({**GPT, "pp": 2, **fp8("tensorwise")}, OVERLAP, "zb-h1")),
+    "fp8 delayed": (2, split, ({**LLAMA, "pp": 2, **fp8("delayed")}, {}, "zb-h1")),
+    "fused accumulation": (2, split, ({**GPT, "pp": 2, "config": FUSED}, OVERLAP, "zb-h1")),
+    "whole backward passes": (2, split, ({**LLAMA, "pp": 2}, {}, "1f1b")),
+    "sequence parallel": (4, split, ({**GPT, "pp": 2, "tp": 2, "sp": True}, OVERLAP, "zb-h1")),
+    "tp_comm_overlap": (2, refused, ({**LLAMA, "pp": 2}, "zb-h1", "ub_bulk_wgrad", True)),
+}
+
+
+def on_rank(name: str) -> Fields:
+    """A case on this rank."""
+    with claiming_cuda():
+        _, function, arguments = CASES[name]
+        return function(*arguments)
+
+
+def main(folder: str, names: list[str]) -> None:
+    """Run the cases, those with equally many ranks one after the other on the same ranks."""
+    install(Path(folder))
+    from megamem.testing.dist import RankPool
+
+    results: dict[str, Any] = {}
+    for count in sorted({CASES[name][0] for name in names}):
+        with RankPool(count, timeout=90) as pool:
+            for name in (name for name in names if CASES[name][0] == count):
+                try:
+                    results[name] = pool.run(on_rank, name)
+                except Exception:
+                    results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
