@@ -86,16 +86,16 @@ def te_general_grouped_gemm(
     *_: Any,
 ) -> list[Tensor]:
     """`generic_gemm` for every group. The results, or the token ranges of the one result, are written to `out`."""
-    results = list(out[0].split(splits)) if single_output else out
+    results = list(torch.split(out[0], splits)) if single_output else out
     for index, result in enumerate(results):
         has_bias = bias[index].numel() > 0
-        _, gradient, _, _ = generic_gemm(
+        product = generic_gemm(
             a[index], transpose_a, b[index], transpose_b, result, None, out_dtype,
             bias[index] if has_bias else None, bias_dtype, False, None, grad, workspaces[0], workspace_size,
             accumulate, True,
         )  # fmt: skip
-        if gradient is not None:
-            bias[index].copy_(gradient)
+        if product[1] is not None:
+            bias[index].copy_(product[1])
     return bias
 
 
@@ -213,11 +213,9 @@ def dense(tensor: Any) -> Tensor:
 
 def _values(tensor: Any) -> Tensor:
     _refuse(not hasattr(tensor, "_transpose"), f"{type(tensor).__name__}")
-    fp8 = torch_dtype(tensor._fp8_dtype)
-    if tensor._data is not None:
-        return tensor._data.view(fp8).float() * tensor._scale_inv
-    turned = tensor._transpose.view(fp8).float() * tensor._scale_inv
-    return turned.movedim(0, -1)
+    codes: Tensor = tensor._transpose.movedim(0, -1) if tensor._data is None else tensor._data
+    scale: Tensor = tensor._scale_inv
+    return codes.view(torch_dtype(tensor._fp8_dtype)).float() * scale
 
 
 def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
@@ -227,7 +225,7 @@ def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
 
 def split_quantize(tensor: Tensor, splits: list[int], quantizers: list[Any], **_: Any) -> list[Any]:
     """Each token range by its own quantizer."""
-    return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(splits), quantizers, strict=True)]
+    return [quantize(part, quantizer) for part, quantizer in zip(torch.split(tensor, splits), quantizers, strict=True)]
 
 
 def fp8_transpose(codes: Tensor, dtype: Any, *, out: Tensor | None = None) -> Tensor:
