@@ -1,0 +1,128 @@
+"""Activation memory of every pipeline rank: the inventory of its layers, the rules, and the schedule together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megamem.ir.activation import ActivationPlan, LayerRule
+from megamem.ir.job import Job
+from megamem.ir.schedule import Placement, Schedule
+from megamem.planner.memory.inventory import (
+    Anchor,
+    Saved,
+    anchors_of,
+    output_weight_gradient_bytes,
+    saved_tensors,
+    weight_gradient_bytes,
+)
+from megamem.planner.memory.ledger import Book, LayerBytes, Ledger, layer_bytes, untouched_bytes
+from megamem.planner.memory.parameters import stage_layers
+from megamem.planner.schedules.families import build_schedule
+from megamem.planner.schedules.family import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Layers that are alike: with experts, or without."""
+
+    tensors: tuple[Saved, ...]
+    anchors: tuple[Anchor, ...]
+    weight_gradients: int
+
+
+class ActivationMemory:
+    """The layers of one job under one activation plan (None: left to autograd), by stage of the model."""
+
+    def __init__(self, job: Job, plan: ActivationPlan | None) -> None:
+        self.job, self.plan = job, plan
+        self._base_apart = plan is not None and any(not rule.store_input for rule in plan.rules if not rule.untouched)
+        self._kinds: dict[bool, _Kind] = {}
+        self._made: dict[tuple[bool, int, bool, bool], LayerBytes] = {}
+
+    def books(self, schedule: Schedule) -> tuple[Book, ...]:
+        """What every rank of the schedule holds, action by action."""
+        placement = schedule.placement
+        offloads = any(action.kind == "OFFLOAD" for actions in schedule.ranks for action in actions)
+        splits_vocabulary = schedule.shards_vocabulary
+        return tuple(
+            Ledger(
+                self.chunks(placement, rank),
+                self.spared(placement, rank) if offloads else None,
+                [0 if splits_vocabulary else self._end(placement, rank, c) for c in range(placement.num_chunks)],
+                base_apart=self._base_apart,
+            ).run(schedule.ranks[rank])
+            for rank in range(placement.num_ranks)
+        )
+
+    def chunks(self, placement: Placement, rank: int) -> list[list[LayerBytes]]:
+        """The layers of each chunk of a rank."""
+        return [self.stage(placement.stage(rank, chunk)) for chunk in range(placement.num_chunks)]
+
+    def spared(self, placement: Placement, rank: int) -> list[list[LayerBytes]]:
+        """The same layers, left to autograd."""
+        return [
+            [self._untouched(number) for number in stage_layers(self.job, placement.stage(rank, chunk))]
+            for chunk in range(placement.num_chunks)
+        ]
+
+    def stage(self, stage: int) -> list[LayerBytes]:
+        """The layers of one stage, in the order of the model."""
+        made: list[LayerBytes] = []
+        previous_can_rebuild = False
+        for index, number in enumerate(stage_layers(self.job, stage)):
+            if self.plan is None:
+                made.append(self._untouched(number))
+                continue
+            rule = self.plan.rule(number)
+            stores = rule.store_input or not previous_can_rebuild
+            made.append(self._under(number, rule, input_is_held=index == 0 and stage > 0, stores_input=stores))
+            replays = self._base_apart or made[-1].back > 0
+            previous_can_rebuild = not rule.untouched and replays and not self.job.model.is_moe(number)
+        return made
+
+    def kind(self, number: int) -> _Kind:
+        """The tensors and anchors of a layer."""
+        is_moe = self.job.model.is_moe(number)
+        if is_moe not in self._kinds:
+            self._kinds[is_moe] = _Kind(
+                tensors=saved_tensors(self.job, number),
+                anchors=anchors_of(self.job, number),
+                weight_gradients=weight_gradient_bytes(self.job, number),
+            )
+        return self._kinds[is_moe]
+
+    def _under(self, number: int, rule: LayerRule, *, input_is_held: bool, stores_input: bool) -> LayerBytes:
+        is_moe = self.job.model.is_moe(number)
+        key = is_moe, id(rule), input_is_held, stores_input
+        if key not in self._made:
+            kind = self.kind(number)
+            found = layer_bytes(
+                kind.tensors,
+                kind.anchors,
+                rule,
+                tokens=self.job.seq_length // self.job.layout.sequence_shards,
+                input_is_held=input_is_held,
+                base_apart=self._base_apart and not is_moe,
+                stores_input=stores_input,
+            )
+            self._made[key] = replace(found, weight_gradients=kind.weight_gradients)
+        return self._made[key]
+
+    def _untouched(self, number: int) -> LayerBytes:
+        kind = self.kind(number)
+        return replace(untouched_bytes(kind.tensors), weight_gradients=kind.weight_gradients)
+
+    def _end(self, placement: Placement, rank: int, chunk: int) -> int:
+        is_last = placement.stage(rank, chunk) == placement.num_stages - 1
+        return output_weight_gradient_bytes(self.job) if is_last else 0
+
+
+def single_rank_schedule(num_microbatches: int) -> Schedule:
+    """Without pipeline parallelism: forward and backward pass of one microbatch after the other."""
+    return build_schedule("1f1b", Request(num_ranks=1, num_microbatches=num_microbatches))
+
+
+def metered_peaks(job: Job, plan: ActivationPlan | None, schedule: Schedule) -> Sequence[int]:
+    """The bytes that `Handle.meter` of every pipeline rank shows at most after a training step."""
+    return [book.metered for book in ActivationMemory(job, plan).books(schedule)]

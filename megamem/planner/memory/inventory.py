@@ -1,0 +1,289 @@
+"""What a transformer layer saves for its backward pass, tensor by tensor, from the sizes of the model.
+
+    saved_tensors(job, number)      the tensors of layer `number` on one rank, in one microbatch
+
+Two kinds of layers are known. `local` ones, Megatron's with megamem's attention and norms, are those that the tests
+compare with real ones byte by byte. `transformer_engine` ones are written down from its source (2.20): LayerNormLinear
+saves input, normalised input and one or two numbers a token; Linear its input; flash attention query, key, value,
+output and log-sum-exp; SwiGLU the output of fc1; rotary positions nothing of their own.
+
+Each tensor has two sizes. `nbytes` is the memory that it covers, which is what is copied, stored or rebuilt. `storage`
+is the memory that it keeps from being freed where it stays: a value that is a view of query, key and value together
+keeps all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megamem.ir.activation import SAVED
+from megamem.ir.job import Job
+from megamem.planner.memory.parameters import kv_width, padded_vocabulary
+
+_FP32, _INT64 = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """A piece of device memory. What several tensors share is counted once, by its name."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A tensor that a layer saves.
+
+    name:       key for `LayerRule.fate_of`: `layer_input`, `attention_output`, or the path of the module that saves it
+    nbytes:     bytes of its own
+    storage:    what stays where it stays
+    anchor:     the anchor whose output it is made of by element-wise operations alone; empty: of the layer's input
+    rebuilt:    whether a replay brings it back; attention's own scratch and experts' tensors cannot be rebuilt
+    routed:     whether it is of the expert part, which is handled whole and counted apart
+    """
+
+    name: str
+    nbytes: int
+    storage: Storage
+    anchor: str = ""
+    rebuilt: bool = True
+    routed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """A module output that can be stored so that a replay need not run its GEMM: bytes, and FLOPs of the GEMM."""
+
+    name: str
+    nbytes: int
+    flops: float
+
+
+def saved_tensors(job: Job, number: int) -> tuple[Saved, ...]:
+    """What layer `number` (from 1) saves on one rank in one microbatch."""
+    return tuple(_Layer(job, number).tensors())
+
+
+def storage_bytes(tensors: Iterable[Saved]) -> int:
+    """The memory that these tensors keep from being freed, each piece once."""
+    return sum({tensor.storage.name: tensor.storage.nbytes for tensor in tensors}.values())
+
+
+def anchors_of(job: Job, number: int) -> tuple[Anchor, ...]:
+    """The anchors of layer `number` on one rank in one microbatch; a layer with experts has no fc1 of its own."""
+    return _Layer(job, number).anchors()
+
+
+def weight_gradient_bytes(job: Job, number: int) -> int:
+    """What W still needs of a layer after B: inputs and output gradients of its linear layers."""
+    return _Layer(job, number).weight_gradient_bytes()
+
+
+def output_weight_gradient_bytes(job: Job) -> int:
+    """What W still needs of the output layer: its input, and the gradient of the logits."""
+    tokens = job.seq_length // job.layout.context * job.micro_batch_size
+    shard = padded_vocabulary(job.model, job.layout.tensor) // job.layout.tensor
+    return (job.tokens * job.model.hidden_size + tokens * shard) * job.itemsize
+
+
+class _Layer:
+    """One layer of a job on one rank: widths and tokens, and the lists made of them."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        model, layout = job.model, job.layout
+        self.job, self.model, self.number = job, model, number
+        self.size, self.tensor = job.itemsize, layout.tensor
+        self.tokens = job.tokens  # between layers
+        self.sequence = job.seq_length // layout.context
+        self.inside = self.sequence * job.micro_batch_size  # inside attention and MLP: all tokens of the tensor group
+        self.query = model.query_width // self.tensor
+        self.key = kv_width(model, self.tensor)
+        self.value = model.value_width // self.tensor if model.latent is not None else self.key
+        self.output = model.value_width // self.tensor
+        self.heads = model.num_attention_heads // self.tensor
+        self.gates = 2 if model.swiglu else 1
+        self.is_local = job.spec == "local"
+        self.is_moe = model.is_moe(number)
+
+    def _saved(
+        self, name: str, elements: int, storage: str, *, itemsize: int = 0, keeps: int = 0, **more: Any
+    ) -> Saved:
+        """A tensor in the storage of this name, of which it keeps `keeps` bytes: its own, unless said otherwise."""
+        nbytes = elements * (itemsize or self.size)
+        return Saved(name=name, nbytes=nbytes, storage=Storage(name=storage, nbytes=keeps or nbytes), **more)
+
+    def tensors(self) -> list[Saved]:
+        """In the order in which the layer saves them."""
+        found = [self._saved("layer_input", self.tokens * self.model.hidden_size, "x", rebuilt=False)]
+        found += self._norm("input_layernorm")
+        found += self._latent() if self.model.latent is not None else self._grouped()
+        found += [
+            *self._scratch(),
+            self._saved("attention_output", self.inside * self.output, "o", rebuilt=False),
+            *self._dropout("dropout1"),
+            self._saved("pre_mlp_layernorm", self.tokens * self.model.hidden_size, "x1", anchor="projection"),
+            *self._norm("pre_mlp_layernorm", anchor="projection"),
+        ]
+        found += self._experts() if self.is_moe else self._mlp(self.model.ffn_hidden_size, "mlp")
+        return [*found, *self._dropout("dropout2")]
+
+    def _scratch(self) -> list[Saved]:
+        """What core attention keeps to itself: the log-sum-exp of every row of scores.
+
+        PyTorch has no flash kernel with dropout on a CPU, and keeps copies of its inputs and three s x s tensors then.
+        """
+        path = "self_attention.core_attention"
+        if self.is_local and self.model.attention_dropout:
+            scores = self.heads * self.inside * self.sequence
+            return [
+                self._saved(path, elements, f"scratch {i}", rebuilt=False)
+                for i, elements in enumerate([self.query * self.inside, self.query * self.inside] + 3 * [scores])
+            ]
+        return [self._saved(path, self.heads * self.inside, "lse", itemsize=_FP32, rebuilt=False)]
+
+    def _norm(self, name: str, anchor: str = "") -> list[Saved]:
+        """One number a token for RMSNorm, two for LayerNorm."""
+        numbers = 2 if self.model.normalization == "LayerNorm" else 1
+        return [
+            self._saved(name, self.tokens, f"{name} statistics {i}", itemsize=_FP32, anchor=anchor)
+            for i in range(numbers)
+        ]
+
+    def _dropout(self, storage: str) -> list[Saved]:
+        """The mask: of the tensor's own type where PyTorch's CPU kernel makes it, one byte an element elsewhere."""
+        if not self.model.hidden_dropout:
+            return []
+        itemsize = self.size if self.is_local else 1
+        return [self._saved(SAVED, self.tokens * self.model.hidden_size, storage, itemsize=itemsize)]
+
+    def _grouped(self) -> list[Saved]:
+        """Multi-head and grouped-query attention, up to what core attention saves."""
+        model = self.model
+        mixed = (self.query + 2 * self.key) * self.inside * self.size
+        found = [self._saved("self_attention.linear_qkv", self.tokens * model.hidden_size, "n1")]
+        # Queries are a view of the output of linear_qkv where a group has one, or where there is one group.
+        query_is_view = self.query == self.key or self.key == model.kv_channels
+        if model.qk_layernorm:
+            for name, width, is_view in (("q_layernorm", self.query, query_is_view), ("k_layernorm", self.key, True)):
+                path, heads = f"self_attention.{name}", width // model.kv_channels
+                own = {} if not is_view else {"keeps": mixed}
+                found.append(self._saved(path, width * self.inside, "qkv" if is_view else "q", anchor="qkv", **own))
+                numbers = 2 if model.normalization == "LayerNorm" else 1
+                found += [
+                    self._saved(path, heads * self.inside, f"{name} statistics {i}", itemsize=_FP32, anchor="qkv")
+                    for i in range(numbers)
+                ]
+        if self.is_local and model.position == "rope":  # cosine and sine, for query and key
+            found += [self._saved("self_attention", self.sequence * model.kv_channels, f"rotary {i}") for i in range(4)]
+        changed = model.qk_layernorm or model.position == "rope"
+        inputs = [
+            ("key", self.key, not changed),
+            ("query", self.query, not changed and query_is_view),
+            ("value", self.value, True),
+        ]
+        if self.is_local and model.attention_dropout:
+            inputs = [("value of all heads", self.query, False)]
+        can_be_rebuilt = not (self.is_local and model.attention_dropout)
+        for name, width, is_view in inputs:
+            storage, keeps = ("qkv", mixed) if is_view else (f"{name} of attention", width * self.inside * self.size)
+            source = {"anchor": "qkv", "keeps": keeps, "rebuilt": can_be_rebuilt}
+            found.append(self._saved("self_attention.core_attention", width * self.inside, storage, **source))
+        return found
+
+    def _latent(self) -> list[Saved]:
+        """Latent attention: compressed queries and keys, their norms, and what they are projected up to."""
+        latent, path = self.model.latent, "self_attention"
+        assert latent is not None
+        found = [self._saved(f"{path}.linear_kv_down_proj", self.tokens * self.model.hidden_size, "n1")]
+        widths = [("kv", latent.kv_lora_rank)] + ([("q", latent.q_lora_rank)] if latent.q_lora_rank else [])
+        for name, width in widths:
+            found += [
+                self._saved(f"{path}.{name}_layernorm", self.tokens * width, f"{name} compressed"),
+                self._saved(f"{path}.{name}_layernorm", self.tokens, f"{name} statistics", itemsize=_FP32),
+                self._saved(f"{path}.linear_{name}_up_proj", self.tokens * width, f"{name} normalised"),
+            ]
+        for name, width in (("query", self.query), ("key", self.key), ("value", self.output)):
+            found.append(self._saved(f"{path}.core_attention", width * self.inside, name))
+        return found
+
+    def _mlp(self, width: int, path: str) -> list[Saved]:
+        """A dense MLP: the input of fc1, what the activation function saves, the input of fc2."""
+        width //= self.tensor
+        tokens = self.inside
+        found = [self._saved(f"{path}.linear_fc1", self.tokens * self.model.hidden_size, "n2", anchor="projection")]
+        if self.model.swiglu and self.is_local:
+            # The gate is a view of fc1's output; silu(gate) and the other half have memory of their own.
+            whole = 2 * width * tokens * self.size
+            found.append(self._saved(path, width * tokens, f"{path} fc1", anchor="fc1", keeps=whole))
+            found += [self._saved(path, width * tokens, f"{path} {part}", anchor="fc1") for part in ("silu", "up")]
+        else:
+            found.append(self._saved(path, self.gates * width * tokens, f"{path} fc1", anchor="fc1"))
+        return [*found, self._saved(f"{path}.linear_fc2", width * tokens, f"{path} act", anchor="fc1")]
+
+    def _experts(self) -> list[Saved]:
+        """The router's and dispatcher's input can be rebuilt, the rest is of the experts.
+
+        Rows are counted as they are on average over ranks: topk for every token; they differ from step to step.
+        """
+        moe, layout = self.model.experts, self.job.layout
+        assert moe is not None
+        rows = moe.topk * self.tokens * layout.experts_tensor
+        width = moe.ffn_hidden_size // layout.experts_tensor
+        found = [self._saved("mlp", self.tokens * self.model.hidden_size, "n2", anchor="projection")]
+        if moe.shared_ffn_hidden_size:
+            shared = self._mlp(moe.shared_ffn_hidden_size, "mlp.shared_experts")[1:]
+            found += [_as_routed(tensor) for tensor in shared]
+        parts: list[tuple[str, int, int]] = [
+            ("permuted", rows * self.model.hidden_size, self.size),
+            ("probabilities", rows, _FP32),
+            ("fc1", rows * width * self.gates, self.size),
+            ("activated", rows * width, self.size),
+            ("indices", self.tokens * moe.topk, 2 * _INT64 + _FP32),
+            ("scores", self.tokens * moe.num_experts, 2 * _FP32 + 1),
+            ("order", rows, _INT64),
+        ]
+        if self.is_local:  # silu(gate), the other half, and their product before the probabilities
+            parts += [(name, rows * width, self.size) for name in ("silu", "up", "product")[: 2 * self.gates - 1]]
+        found += [
+            self._saved("mlp.experts", elements, f"expert {name}", itemsize=itemsize, rebuilt=False, routed=True)
+            for name, elements, itemsize in parts
+        ]
+        return found
+
+    def anchors(self) -> tuple[Anchor, ...]:
+        """Outputs of qkv, projection and fc1, with the FLOPs of their GEMMs."""
+        hidden, size = self.model.hidden_size, self.size
+        mixed = self.query + 2 * self.key
+        found = []
+        if self.model.latent is None:
+            flops = 2.0 * self.inside * hidden * mixed
+            found.append(Anchor(name="qkv", nbytes=self.inside * mixed * size, flops=flops))
+        flops = 2.0 * self.inside * hidden * self.output
+        found.append(Anchor(name="projection", nbytes=self.tokens * hidden * size, flops=flops))
+        if not self.is_moe:
+            width = self.gates * self.model.ffn_hidden_size // self.tensor
+            flops = 2.0 * self.inside * hidden * width
+            found.append(Anchor(name="fc1", nbytes=self.inside * width * size, flops=flops))
+        return tuple(found)
+
+    def weight_gradient_bytes(self) -> int:
+        """Inputs and output gradients of qkv, projection, fc1 and fc2; of experts those of their rows."""
+        hidden = self.model.hidden_size
+        elements = self.tokens * hidden + self.inside * (self.query + 2 * self.key)  # qkv
+        elements += self.inside * (self.output + hidden)  # projection
+        if self.is_moe:
+            moe, layout = self.model.experts, self.job.layout
+            assert moe is not None
+            rows = moe.topk * self.tokens * layout.experts_tensor
+            elements += rows * (2 * hidden + (1 + self.gates) * moe.ffn_hidden_size // layout.experts_tensor)
+        else:
+            width = self.model.ffn_hidden_size // self.tensor
+            elements += self.tokens * hidden + self.inside * ((self.gates + 1) * width + hidden)
+        return elements * self.size
+
+
+def _as_routed(tensor: Saved) -> Saved:
+    return Saved(name=tensor.name, nbytes=tensor.nbytes, storage=tensor.storage, rebuilt=False, routed=True)

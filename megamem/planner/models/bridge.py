@@ -1,0 +1,71 @@
+"""Configurations of Megatron-Bridge (`ConfigContainer.to_yaml`), and the MODEL_ARGS of Megatron-LM's own test cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megamem.errors import ConfigError
+from megamem.ir.job import Job
+from megamem.planner.models.flags import job_of_flags
+from megamem.yamlfile import read_mapping
+
+# Fields of Bridge's model providers (which are Megatron's TransformerConfig) that are flags by another name.
+_RENAMED = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    "gated_linear_unit": "swiglu",
+    "seq_length": "seq_length",
+}
+_INVERTED = {
+    "add_bias_linear": "disable_bias_linear",
+    "share_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+}
+_TRAIN = ("micro_batch_size", "global_batch_size")
+_ABSENT = ("", "null", "none", "false", "~")
+
+
+def job_of_yaml(path: str | Path, world_size: int | None = None) -> Job:
+    """The job that a Bridge configuration or a Megatron-LM test case describes. Raises ConfigError."""
+    content = read_mapping(Path(path))
+    if isinstance(content.get("MODEL_ARGS"), Mapping):
+        return job_of_flags(_words(content["MODEL_ARGS"]), world_size)
+    model = content.get("model")
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{path}: neither a Megatron-Bridge configuration (no model:) nor MODEL_ARGS of Megatron-LM")
+    flags = {f"--{_RENAMED.get(key, key).replace('_', '-')}": value for key, value in model.items()}
+    for key, flag in _INVERTED.items():
+        if key in model:
+            flags[f"--{flag.replace('_', '-')}"] = "true" if _is_absent(model[key]) else "false"
+    for key in _TRAIN:
+        if isinstance(content.get("train"), Mapping) and key in content["train"]:
+            flags[f"--{key.replace('_', '-')}"] = content["train"][key]
+    dataset = content.get("dataset")
+    length = dataset.get("sequence_length", dataset.get("seq_length")) if isinstance(dataset, Mapping) else None
+    if not _is_absent(length):
+        flags["--seq-length"] = length
+    groups = flags.get("--num-query-groups")
+    flags["--group-query-attention"] = "false" if _is_absent(groups) else "true"
+    ddp = content.get("ddp")
+    if isinstance(ddp, Mapping):
+        flags["--use-distributed-optimizer"] = ddp.get("use_distributed_optimizer", "false")
+    try:
+        return job_of_flags(_words(flags), world_size)
+    except ConfigError as fault:
+        raise ConfigError([f"{path}: {problem}" for problem in fault.problems]) from None
+
+
+def _words(flags: Mapping[str, Any]) -> list[str]:
+    """As on a command line: switches that are on stand alone, what is absent or off is left out."""
+    words: list[str] = []
+    for flag, value in flags.items():
+        if _is_absent(value) or isinstance(value, Mapping):
+            continue
+        text = str(value).strip()
+        words += [flag] if text.lower() == "true" else [flag, text.replace(" ", "")]
+    return words
+
+
+def _is_absent(value: object) -> bool:
+    return value is None or str(value).strip().lower() in _ABSENT

@@ -1,0 +1,242 @@
+"""Megatron-LM's own flags: read from a user's launch line, and written for a job that was planned.
+
+Only what memory and time depend on is read; a launch line's other flags are passed over. Defaults are Megatron-LM's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from megamem.errors import ConfigError
+from megamem.ir.job import Job, Layout
+from megamem.ir.model import Model
+
+_NUMBERS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("seq_length", "max_position_embeddings", "vocab_size", "micro_batch_size", "global_batch_size"),
+    *("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+)
+_SWITCHES = (
+    *("group_query_attention", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "bf16", "fp16"),
+    *("untie_embeddings_and_output_weights", "multi_latent_attention", "sequence_parallel"),
+    *("use_distributed_optimizer", "recompute_activations"),
+)
+_LAUNCHER = re.compile(r"--(?P<name>nnodes|nproc[-_]per[-_]node)[= ](?P<count>\d+)")
+
+
+def job_of_flags(line: str | Sequence[str], world_size: int | None = None) -> Job:
+    """The job that a launch line of Megatron-LM starts. `world_size`: ranks, where the line has no torchrun in it.
+
+    Raises ConfigError with every flag that is missing or wrong.
+    """
+    words = shlex.split(line) if isinstance(line, str) else list(line)
+    found = {re.sub(r"[-_]", "", m["name"]): int(m["count"]) for m in _LAUNCHER.finditer(" ".join(words))}
+    if "nprocpernode" in found:
+        world_size = found["nprocpernode"] * found.get("nnodes", 1)
+    args, _ = _parser().parse_known_args(words)
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
+        raise ConfigError([f"{flag}: needed, and not among the flags" for flag in missing])
+    try:
+        layout = _layout(args, world_size)
+        return Job(
+            model=_model(args),
+            layout=layout,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size or 1,
+            global_batch_size=args.global_batch_size or (args.micro_batch_size or 1) * layout.data,
+            bf16=args.bf16 or args.fp16,
+            spec=args.transformer_impl if args.transformer_impl == "local" else "transformer_engine",
+            recompute="selective" if args.recompute_activations else args.recompute_granularity or "none",
+        )
+    except ValueError as fault:
+        raise ConfigError(f"--from-megatron-args: {fault}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"--from-megatron-args: {message}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    for name in _NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in _SWITCHES:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+    parser.add_argument("--normalization", default="LayerNorm")
+    parser.add_argument("--position-embedding-type", default="learned_absolute")
+    parser.add_argument("--hidden-dropout", type=float, default=0.1)
+    parser.add_argument("--attention-dropout", type=float, default=0.1)
+    parser.add_argument("--moe-layer-freq", default="1")
+    parser.add_argument("--transformer-impl", default="transformer_engine")
+    parser.add_argument("--recompute-granularity")
+    return parser
+
+
+def _model(args: argparse.Namespace) -> Model:
+    from megamem.planner.models.presets import make_model
+
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    sizes: dict[str, Any] = {
+        "num_layers": args.num_layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": (args.num_query_groups or 1) if args.group_query_attention else heads,
+        "ffn_hidden_size": args.ffn_hidden_size or (int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden),
+        "vocab_size": args.vocab_size,
+        "swiglu": args.swiglu,
+        "normalization": args.normalization,
+        "add_bias_linear": not args.disable_bias_linear,
+        "add_qkv_bias": args.add_qkv_bias,
+        "qk_layernorm": args.qk_layernorm,
+        "position": {"learned_absolute": "learned_absolute", "none": "none"}.get(args.position_embedding_type, "rope"),
+        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+        "share_embeddings": not args.untie_embeddings_and_output_weights,
+        "hidden_dropout": args.hidden_dropout,
+        "attention_dropout": args.attention_dropout,
+        "mtp_num_layers": args.mtp_num_layers or 0,
+    }
+    if args.kv_channels:
+        sizes["kv_channels"] = args.kv_channels
+    if args.multi_latent_attention:
+        sizes["num_query_groups"] = heads
+        sizes["latent"] = {
+            "kv_lora_rank": args.kv_lora_rank or 32,
+            "qk_head_dim": args.qk_head_dim or 128,
+            "qk_pos_emb_head_dim": args.qk_pos_emb_head_dim or 64,
+            "v_head_dim": args.v_head_dim or 128,
+            **({"q_lora_rank": args.q_lora_rank} if args.q_lora_rank else {}),
+        }
+    if args.num_experts:
+        sizes["experts"] = {
+            "num_experts": args.num_experts,
+            "topk": args.moe_router_topk or 2,
+            "ffn_hidden_size": args.moe_ffn_hidden_size or sizes["ffn_hidden_size"],
+            "shared_ffn_hidden_size": args.moe_shared_expert_intermediate_size or 0,
+            "dense_layers": dense_layers(args.moe_layer_freq, args.num_layers),
+        }
+    return make_model(sizes, "--from-megatron-args")
+
+
+def dense_layers(pattern: object, num_layers: int) -> list[int]:
+    """The numbers of the layers without experts, from Megatron's `moe_layer_freq`: every n-th, or a list of 0 and 1."""
+    text = str(pattern).strip()
+    if not re.fullmatch(r"[\[\]()0-9*+, ]+", text):
+        raise ConfigError(f"--moe-layer-freq {pattern}: neither a number nor a list such as [0]*3+[1]*58")
+    value = _evaluate(ast.parse(text, mode="eval").body)
+    flags = [int(index % value == 0) for index in range(num_layers)] if isinstance(value, int) else list(value)
+    if len(flags) != num_layers:
+        raise ConfigError(f"--moe-layer-freq {pattern}: {len(flags)} entries for {num_layers} layers")
+    return [number for number, flag in enumerate(flags, start=1) if not flag]
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """Numbers, lists, sums and products of them: the little language of `moe_layer_freq`."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_evaluate(item) for item in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+        left, right = _evaluate(node.left), _evaluate(node.right)
+        return left + right if isinstance(node.op, ast.Add) else left * right
+    raise ConfigError("--moe-layer-freq: neither a number nor a list such as [0]*3+[1]*58")
+
+
+def _layout(args: argparse.Namespace, world_size: int | None) -> Layout:
+    tensor, pipeline = args.tensor_model_parallel_size or 1, args.pipeline_model_parallel_size or 1
+    context, chunks = args.context_parallel_size or 1, args.num_virtual_stages_per_pipeline_rank or 1
+    if args.num_layers_per_virtual_pipeline_stage:
+        chunks = args.num_layers // pipeline // args.num_layers_per_virtual_pipeline_stage
+    unit = tensor * pipeline * context
+    if world_size is not None and world_size % unit:
+        raise ConfigError(
+            f"{world_size} ranks cannot hold tensor {tensor} x pipeline {pipeline} x context {context} = {unit}; "
+            f"use {max(1, round(world_size / unit)) * unit} ranks"
+        )
+    return Layout(
+        tensor=tensor,
+        sequence_parallel=args.sequence_parallel and tensor > 1,
+        context=context,
+        pipeline=pipeline,
+        chunks=max(1, chunks),
+        expert=args.expert_model_parallel_size or 1,
+        expert_tensor=args.expert_tensor_parallel_size or 0,
+        data=1 if world_size is None else world_size // unit,
+        distributed_optimizer=args.use_distributed_optimizer,
+    )
+
+
+def flags_of(job: Job) -> list[str]:
+    """The flags of Megatron-LM that start this job; those at Megatron's default are left out."""
+    model, layout = job.model, job.layout
+    values: list[tuple[str, object]] = [
+        ("--num-layers", model.num_layers),
+        ("--hidden-size", model.hidden_size),
+        ("--ffn-hidden-size", model.ffn_hidden_size),
+        ("--num-attention-heads", model.num_attention_heads),
+        ("--seq-length", job.seq_length),
+        ("--micro-batch-size", job.micro_batch_size),
+        ("--global-batch-size", job.global_batch_size),
+        ("--normalization", model.normalization),
+        ("--position-embedding-type", model.position),
+        ("--hidden-dropout", model.hidden_dropout),
+        ("--attention-dropout", model.attention_dropout),
+        ("--transformer-impl", job.spec),
+    ]
+    if model.latent is None and model.num_query_groups != model.num_attention_heads:
+        values += [("--group-query-attention", True), ("--num-query-groups", model.num_query_groups)]
+    if model.position == "learned_absolute":
+        values.append(("--max-position-embeddings", max(job.seq_length, model.max_position_embeddings)))
+    if model.kv_channels * model.num_attention_heads != model.hidden_size:
+        values.append(("--kv-channels", model.kv_channels))
+    values += [
+        ("--swiglu", model.swiglu),
+        ("--disable-bias-linear", not model.add_bias_linear),
+        ("--add-qkv-bias", model.add_qkv_bias),
+        ("--qk-layernorm", model.qk_layernorm),
+        ("--untie-embeddings-and-output-weights", not model.share_embeddings),
+        ("--bf16", job.bf16),
+        ("--sequence-parallel", layout.sequence_parallel),
+        ("--use-distributed-optimizer", layout.distributed_optimizer),
+        *((flag, getattr(layout, name)) for name, flag in Layout.FLAGS.items() if getattr(layout, name) > 1),
+        *_special(model),
+    ]
+    return [
+        word
+        for flag, value in values
+        for word in ([flag] if value is True else [flag, str(value)])
+        if value is not False
+    ]
+
+
+def _special(model: Model) -> list[tuple[str, object]]:
+    """Flags of experts, latent attention and multi-token prediction."""
+    values: list[tuple[str, object]] = []
+    if model.experts is not None:
+        experts, dense = model.experts, set(model.experts.dense_layers)
+        values += [("--num-experts", experts.num_experts), ("--moe-router-topk", experts.topk)]
+        if experts.ffn_hidden_size != model.ffn_hidden_size:
+            values.append(("--moe-ffn-hidden-size", experts.ffn_hidden_size))
+        if experts.shared_ffn_hidden_size:
+            values.append(("--moe-shared-expert-intermediate-size", experts.shared_ffn_hidden_size))
+        if dense:
+            pattern = [int(number not in dense) for number in range(1, model.num_layers + 1)]
+            values.append(("--moe-layer-freq", str(pattern).replace(" ", "")))
+    if model.latent is not None:
+        values.append(("--multi-latent-attention", True))
+        values += [
+            (f"--{name.replace('_', '-')}", size) for name, size in vars(model.latent).items() if size is not None
+        ]
+    if model.mtp_num_layers:
+        values.append(("--mtp-num-layers", model.mtp_num_layers))
+    return values

@@ -1,0 +1,58 @@
+"""A test model as the planner sees it: so that what is planned can be compared with what really happens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megamem.ir.job import Job, Layout
+from megamem.ir.model import Experts, Model
+
+if TYPE_CHECKING:
+    from megamem.testing.models import GptCase
+
+
+def job_of_case(case: GptCase, *, num_microbatches: int = 1, data: int = 1) -> Job:
+    """The job of a `GptCase` on `data` data-parallel ranks."""
+    from torch import bfloat16
+
+    width = case.ffn or 2 * case.hidden
+    model = Model(
+        num_layers=case.layers,
+        hidden_size=case.hidden,
+        num_attention_heads=case.heads,
+        num_query_groups=case.kv_groups or case.heads,
+        kv_channels=case.hidden // case.heads,
+        ffn_hidden_size=width,
+        vocab_size=case.vocab,
+        swiglu=case.activation == "swiglu",
+        normalization=case.norm,
+        add_bias_linear=case.bias,
+        qk_layernorm=case.qk_layernorm,
+        position=case.position,
+        max_position_embeddings=case.sequence,
+        share_embeddings=case.tied,
+        hidden_dropout=case.dropout,
+        attention_dropout=case.dropout,
+        experts=(
+            None if case.experts is None else Experts(num_experts=case.experts, topk=case.topk, ffn_hidden_size=width)
+        ),
+    )
+    layout = Layout(
+        tensor=case.tp,
+        sequence_parallel=case.sp,
+        context=case.cp,
+        pipeline=case.pp,
+        chunks=case.vpp or 1,
+        expert=case.ep,
+        data=max(data, case.ep // case.cp),
+        distributed_optimizer=case.distributed_optimizer,
+    )
+    return Job(
+        model=model,
+        layout=layout,
+        seq_length=case.sequence,
+        micro_batch_size=case.microbatch,
+        global_batch_size=case.microbatch * num_microbatches * layout.data,
+        bf16=case.dtype is bfloat16,
+        spec="local",
+    )
