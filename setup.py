@@ -50,6 +50,10 @@ setup(
         name if sub == "" else f"{name}.{sub}" for name, folder in ROOMS.items() for sub in ["", *find_packages(folder)]
     ],
     package_dir=ROOMS,
-    package_data={"megamem": ["py.typed"], "megamem.native": ["src/*", "src/torch/*"]},
+    package_data={
+        "megamem": ["py.typed"],
+        "megamem.native": ["src/*", "src/torch/*"],
+        "megamem.planner": ["data/*.yaml"],
+    },
     entry_points={"console_scripts": ["megamem = megamem.cli:main"]},
 )

@@ -169,7 +169,7 @@ class _Layer:
         if model.qk_layernorm:
             for name, width, is_view in (("q_layernorm", self.query, query_is_view), ("k_layernorm", self.key, True)):
                 path, heads = f"self_attention.{name}", width // model.kv_channels
-                own = {} if not is_view else {"keeps": mixed}
+                own: dict[str, Any] = {"keeps": mixed} if is_view else {}
                 found.append(self._saved(path, width * self.inside, "qkv" if is_view else "q", anchor="qkv", **own))
                 numbers = 2 if model.normalization == "LayerNorm" else 1
                 found += [
@@ -189,7 +189,7 @@ class _Layer:
         can_be_rebuilt = not (self.is_local and model.attention_dropout)
         for name, width, is_view in inputs:
             storage, keeps = ("qkv", mixed) if is_view else (f"{name} of attention", width * self.inside * self.size)
-            source = {"anchor": "qkv", "keeps": keeps, "rebuilt": can_be_rebuilt}
+            source: dict[str, Any] = {"anchor": "qkv", "keeps": keeps, "rebuilt": can_be_rebuilt}
             found.append(self._saved("self_attention.core_attention", width * self.inside, storage, **source))
         return found
 

@@ -29,31 +29,33 @@ _ABSENT = ("", "null", "none", "false", "~")
 def job_of_yaml(path: str | Path, world_size: int | None = None) -> Job:
     """The job that a Bridge configuration or a Megatron-LM test case describes. Raises ConfigError."""
     content = read_mapping(Path(path))
-    if isinstance(content.get("MODEL_ARGS"), Mapping):
-        return job_of_flags(_words(content["MODEL_ARGS"]), world_size)
-    model = content.get("model")
-    if not isinstance(model, Mapping):
+    if arguments := _part(content, "MODEL_ARGS"):
+        return job_of_flags(_words(arguments), world_size)
+    model = _part(content, "model")
+    if not model:
         raise ConfigError(f"{path}: neither a Megatron-Bridge configuration (no model:) nor MODEL_ARGS of Megatron-LM")
-    flags = {f"--{_RENAMED.get(key, key).replace('_', '-')}": value for key, value in model.items()}
+    flags: dict[str, Any] = {f"--{_RENAMED.get(key, key).replace('_', '-')}": value for key, value in model.items()}
     for key, flag in _INVERTED.items():
         if key in model:
             flags[f"--{flag.replace('_', '-')}"] = "true" if _is_absent(model[key]) else "false"
-    for key in _TRAIN:
-        if isinstance(content.get("train"), Mapping) and key in content["train"]:
-            flags[f"--{key.replace('_', '-')}"] = content["train"][key]
-    dataset = content.get("dataset")
-    length = dataset.get("sequence_length", dataset.get("seq_length")) if isinstance(dataset, Mapping) else None
+    train, dataset = _part(content, "train"), _part(content, "dataset")
+    flags |= {f"--{key.replace('_', '-')}": train[key] for key in _TRAIN if key in train}
+    length = dataset.get("sequence_length", dataset.get("seq_length"))
     if not _is_absent(length):
         flags["--seq-length"] = length
     groups = flags.get("--num-query-groups")
     flags["--group-query-attention"] = "false" if _is_absent(groups) else "true"
-    ddp = content.get("ddp")
-    if isinstance(ddp, Mapping):
-        flags["--use-distributed-optimizer"] = ddp.get("use_distributed_optimizer", "false")
+    flags["--use-distributed-optimizer"] = _part(content, "ddp").get("use_distributed_optimizer", "false")
     try:
         return job_of_flags(_words(flags), world_size)
     except ConfigError as fault:
         raise ConfigError([f"{path}: {problem}" for problem in fault.problems]) from None
+
+
+def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping inside the file; an empty one where it is absent."""
+    part = content.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:
