@@ -137,6 +137,7 @@ def figures() -> str:
     parts = (
         _retained(_read("retained_bytes.cpu.json")),
         _bookkeeping(_read("bookkeeping.cpu.json")),
+        _compressed(_read("compressed_swap.cpu.json")),
         _published(_read("schedules.cpu.json")),
         _searched(_read("schedule_search.cpu.json")),
         _loop(_read("pipeline_loop.cpu.json")),
@@ -197,6 +198,32 @@ def _bookkeeping(data: dict[str, Any]) -> list[str]:
             f"| microseconds added to a layer, forward and backward: {what} | {total['median']:.0f} "
             f"({total['min']:.0f} to {total['max']:.0f}) |"
         )
+    return [*lines, "", *_verdicts(data)]
+
+
+def _compressed(data: dict[str, Any]) -> list[str]:
+    memo, llama = (data["results"]["shapes"][kind] for kind in ("memo", "llama"))
+    lines = [
+        "**What swap in FP8 moves, and what it does to gradients**: bytes over those of plain swap, which is bitwise "
+        "equal to stock Megatron; relative error of the gradient of the input of "
+        f"{data['results']['layers']} layers, and of the parameter where it is largest "
+        f"(`python ci/bench/compressed_swap.py`; bf16, {_where(data)}):",
+        "",
+        "| compressed | MEMO's layer: bytes | error, input | error, worst | Llama layer: bytes | error, input "
+        "| error, worst |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in memo["contenders"]:
+        what = "*query and key, which is refused*" if name == "query and key" else name
+        cells = [
+            f"{found['bytes_ratio']:.3f} | {found['error']['input']:.2%} | {found['error']['worst_parameter']:.2%}"
+            for found in (memo["contenders"][name], llama["contenders"][name])
+        ]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    cells = [
+        f"| {case['bf16 itself']['input']:.2%} | {case['bf16 itself']['worst_parameter']:.2%}" for case in (memo, llama)
+    ]
+    lines.append(f"| *bf16 itself, against fp32* | {' | '.join(cells)} |")
     return [*lines, "", *_verdicts(data)]
 
 

@@ -118,8 +118,12 @@ class Activations(Section):
     READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "swap_fraction": ("memo", "ordered"),
         "keep_last_layers": ("memo", "ordered"),
+        "compress": ("memo", "ordered"),
     }
-    HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = (("recompute", "keep_last_layers", 0),)
+    HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = (
+        ("recompute", "keep_last_layers", 0),
+        ("recompute", "compress", "none"),
+    )
 
     policy: Literal["off", "recompute", "memo", "ordered"] = option(
         Choice(("off", "recompute", "memo", "ordered")),
@@ -150,6 +154,13 @@ class Activations(Section):
         "Pinned host memory per rank. auto: half of what is available to the process, divided by the ranks on this "
         "machine. What does not fit is recomputed instead.",
     )
+    compress: Literal["none", "fp8"] = option(
+        Choice(("none", "fp8")),
+        "none",
+        "fp8: the inputs of the linear layers qkv, fc1 and fc2, and what the MLP's activation function is given, go "
+        "to host memory in 8.25 bits a number (E4M3, a scale for 128). The table can ask it of others too (swap/fp8), "
+        "or spare these (swap/none). Query and key are never compressed.",
+    )
     experts: Literal["keep", "swap", "recompute"] = option(
         Choice(("keep", "swap", "recompute")),
         "keep",
@@ -160,7 +171,8 @@ class Activations(Section):
         (),
         'Explicit fates, a list of rows such as {layers: "1-4", fc1: 0.5, qkv: keep, mlp.linear_fc2: recompute}; later '
         f"rows win. Tensors: {', '.join(TENSORS)}, or the path of a module inside the layer. Fates: keep (device "
-        "memory), swap (host memory), recompute, or the stored share of tokens with its tier: 0.5@host, 0.25@hbm.",
+        "memory), swap (host memory), recompute, or the stored share of tokens with its tier: 0.5@host, 0.25@hbm. "
+        "What is swapped can be compressed: swap/fp8, 0.5/fp8.",
     )
     verify: bool = option(
         Switch(),

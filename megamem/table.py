@@ -123,7 +123,9 @@ def _row(given: object) -> tuple[TableRow | None, list[tuple[str, str]]]:
 
 def _text(fate: Fate) -> str:
     """The text form that reads back as the same fate; `str(fate)` is for people and rounds to six digits."""
-    return str(fate) if Fate.parse(str(fate)) == fate else f"{fate.fraction!r}@{fate.tier}"
+    if Fate.parse(str(fate)) == fate:
+        return str(fate)
+    return f"{fate.fraction!r}@{fate.tier}" + ("" if fate.codec is None else f"/{fate.codec}")
 
 
 def _fate(key: str, value: object) -> Fate:

@@ -18,6 +18,7 @@ BENCH = ROOT / "ci" / "bench"
 NAMES = (
     "retained_bytes",
     "bookkeeping",
+    "compressed_swap",
     "gpu_layer",
     "quickstart",
     "schedules",
@@ -89,6 +90,20 @@ def test_retained_bytes(tmp_path: Path) -> None:
         # Every other layer's input is not stored.
         every = contenders["memo 0"]["host_bytes"] - contenders["memo 0, residual 2"]["host_bytes"]
         assert every == pytest.approx(case["unit_bytes"] / 2)
+
+
+def test_compressed_swap(tmp_path: Path) -> None:
+    results = run("compressed_swap", tmp_path / "out.json")
+    for case in results["shapes"].values():
+        assert case["swap"]["bitwise"]
+        found = case["contenders"]
+        for name, result in found.items():
+            assert 0 < result["bytes_ratio"] < 1, name
+            assert result["tensors_bytes"] == case["swap"]["tensors_bytes"], name
+            assert result["error"]["worst_parameter"] > 0, name
+        assert found["compress: fp8"]["bytes_ratio"] == min(result["bytes_ratio"] for result in found.values())
+        for kind in ("input of linear_qkv", "input of linear_fc1", "input of linear_fc2"):
+            assert found[kind]["error"]["input"] == 0, kind  # a weight's gradient is all that depends on it
 
 
 def test_schedules(tmp_path: Path) -> None:

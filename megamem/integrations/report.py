@@ -18,6 +18,7 @@ class ActivationReport:
     num_steps: int = 0
     kept_nbytes: int = 0
     swapped_nbytes: int = 0
+    link_nbytes: int = 0
     recomputed_nbytes: int = 0
     replayed_tokens: int = 0
     untouched_nbytes: int = 0
@@ -42,6 +43,7 @@ class ActivationReport:
             num_steps=stats.num_steps,
             kept_nbytes=stats.kept_nbytes // steps,
             swapped_nbytes=stats.swapped_nbytes // steps,
+            link_nbytes=stats.link_nbytes // steps,
             recomputed_nbytes=stats.recomputed_nbytes // steps,
             replayed_tokens=stats.replayed_tokens // steps,
             untouched_nbytes=stats.untouched_nbytes // steps,
@@ -59,7 +61,7 @@ class ActivationReport:
         rows = [
             ("policy", self.policy),
             ("kept in device memory, per step", mib(self.kept_nbytes)),
-            ("swapped to host memory, per step", mib(self.swapped_nbytes)),
+            ("swapped to host memory, per step", _swapped(self.swapped_nbytes, self.link_nbytes)),
             ("recomputed, per step", f"{mib(self.recomputed_nbytes)} ({self.replayed_tokens} layer tokens)"),
             ("left alone in the last layers, per step", mib(self.untouched_nbytes)),
             ("peak held at once, staging included", mib(self.peak_held_nbytes)),
@@ -72,6 +74,10 @@ class ActivationReport:
         if self.num_unplanned:
             rows.append(("layer runs left alone (shapes changed)", str(self.num_unplanned)))
         return rows
+
+
+def _swapped(tensors_nbytes: int, link_nbytes: int) -> str:
+    return mib(tensors_nbytes) + ("" if link_nbytes == tensors_nbytes else f", compressed to {mib(link_nbytes)}")
 
 
 class Report:

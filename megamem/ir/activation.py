@@ -24,6 +24,7 @@ from fractions import Fraction
 from typing import Literal
 
 Tier = Literal["hbm", "host"]
+Codec = Literal["none", "fp8"]
 
 BASE = ("layer_input", "attention_output")
 ANCHORS = ("qkv", "projection", "fc1")
@@ -32,6 +33,7 @@ EXPERTS = "experts"
 TENSORS: tuple[str, ...] = (*BASE, *ANCHORS, SAVED, EXPERTS)
 
 _FATE = re.compile(r"^(?P<fraction>[0-9.eE+-]+)(?:@(?P<tier>hbm|host))?$")
+_CODECS: tuple[Codec, ...] = ("none", "fp8")
 _WORDS: dict[str, tuple[float, Tier]] = {"keep": (1.0, "hbm"), "swap": (1.0, "host"), "recompute": (0.0, "host")}
 
 
@@ -39,26 +41,36 @@ _WORDS: dict[str, tuple[float, Tier]] = {"keep": (1.0, "hbm"), "swap": (1.0, "ho
 class Fate:
     """What becomes of one named tensor: the first `fraction` of its tokens is stored in `tier`, the rest is recomputed.
 
+    `codec` is how it travels to host memory and lies there: as it is, or in FP8; None: as `activations.compress` says.
+
     Text form, both ways: `keep` (all, in device memory), `swap` (all, in host memory), `recompute` (nothing),
-    `0.5` or `0.5@host`, `0.25@hbm`.
+    `0.5` or `0.5@host`, `0.25@hbm`; the codec behind a slash, `swap/fp8`, `0.5@host/none`.
     """
 
     fraction: float
     tier: Tier = "host"
+    codec: Codec | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.fraction <= 1.0:
             raise ValueError(f"a fraction lies between 0 and 1, not {self.fraction}")
         if self.tier not in ("hbm", "host"):
             raise ValueError(f"tier is hbm or host, not {self.tier!r}")
+        if self.codec not in (None, *_CODECS):
+            raise ValueError(f"a codec is none or fp8, not {self.codec!r}")
+        if self.codec == "fp8" and (self.tier != "host" or self.fraction == 0):
+            raise ValueError("only what is swapped to host memory is compressed on the way")
 
     @classmethod
     def parse(cls, text: str | float) -> Fate:
         """Read the text form. Raises ValueError, naming the text, when it is none."""
-        words = str(text).strip()
+        words, slash, ending = str(text).strip().partition("/")
+        codec = next((known for known in _CODECS if known == ending), None)
+        if slash and codec is None:
+            raise ValueError(f"{text!r}: behind the slash stands none or fp8")
         if words in _WORDS:
             fraction, tier = _WORDS[words]
-            return cls(fraction=fraction, tier=tier)
+            return cls(fraction=fraction, tier=tier, codec=codec)
         match = _FATE.match(words)
         try:
             value = float(match["fraction"]) if match else None
@@ -66,13 +78,13 @@ class Fate:
             value = None
         if match is None or value is None:
             raise ValueError(f"{words!r} is none of keep, swap, recompute, or a fraction such as 0.5 or 0.5@hbm")
-        return cls(fraction=value, tier="hbm" if match["tier"] == "hbm" else "host")
+        return cls(fraction=value, tier="hbm" if match["tier"] == "hbm" else "host", codec=codec)
 
     def __str__(self) -> str:
-        for word, value in _WORDS.items():
-            if (self.fraction, self.tier) == value:
-                return word
-        return f"{self.fraction:g}" + ("" if self.tier == "host" else "@hbm")
+        words = next((word for word, value in _WORDS.items() if (self.fraction, self.tier) == value), None)
+        if words is None:
+            words = f"{self.fraction:g}" + ("" if self.tier == "host" else "@hbm")
+        return words if self.codec is None else f"{words}/{self.codec}"
 
     @property
     def is_partial(self) -> bool:

@@ -7,14 +7,23 @@ memo        MEMO's rule (arXiv 2407.12117, section 4): layer input and attention
 ordered     densest first: what costs most to rebuild, by byte, is stored first. Attention output (O(s) a byte), then
             the outputs of the linear layers (O(h) a byte, all alike: one fraction for them). What element-wise
             operations make is never stored: rebuilding it is 26 times faster than a PCIe link.
+
+Compressed are, with `compress: fp8`, the tensors in which an error stays where it is: what a weight gradient sums over
+all tokens, and what the activation function of the MLP is given. Not by default: layer input and attention output, from
+which others are rebuilt. Never: query and key. The backward pass of attention makes its probabilities anew, as
+exp(q k - log-sum-exp), and with another q or k than the forward pass had they do not sum to 1.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megamem.config import Activations
 from megamem.errors import ConfigError
-from megamem.ir.activation import ANCHORS, BASE, KEEP, RECOMPUTE, SAVED, SWAP, ActivationPlan, Fate, LayerRule
+from megamem.ir.activation import ANCHORS, BASE, KEEP, RECOMPUTE, SAVED, SWAP, ActivationPlan, Codec, Fate, LayerRule
 
+_ATTENTION = "self_attention.core_attention"
+_SAFE = ("self_attention.linear_qkv", "mlp")  # modules, in whose saved tensors an error stays where it is
 _EXPERTS = {"keep": KEEP, "swap": SWAP, "recompute": KEEP}  # recomputed by Megatron's own checkpoint of the MoE layer
 
 
@@ -36,12 +45,27 @@ def plan_activations(options: Activations, num_layers: int) -> ActivationPlan:
         rules=tuple(
             LayerRule(
                 untouched=number > num_layers - kept and not row,
-                fates={**fates, **row},
+                fates=_with_codecs({**fates, **row}, options.compress),
                 store_input=(number - 1) % options.residual_every == 0,
             )
             for number, row in enumerate(rows, start=1)
         )
     )
+
+
+def _with_codecs(fates: dict[str, Fate], compress: Codec) -> dict[str, Fate]:
+    """The fates with a codec wherever compression gives one and they do not say it themselves."""
+    fates = dict(fates)
+    if compress != "none":
+        for path in _SAFE:
+            fates.setdefault(path, fates[SAVED])
+        for name, fate in fates.items():
+            is_safe = name == "fc1" or any((name + ".").startswith(path + ".") for path in _SAFE)
+            if is_safe and fate.codec is None and fate.tier == "host" and fate.fraction > 0:
+                fates[name] = replace(fate, codec=compress)
+    if fates[SAVED].codec == "fp8":
+        fates.setdefault(_ATTENTION, replace(fates[SAVED], codec=None))
+    return fates
 
 
 def _policy(options: Activations) -> dict[str, Fate]:
@@ -70,6 +94,17 @@ def _problems(row: dict[str, Fate], number: int) -> list[str]:
         )
         if name in row and row[name].fraction < 1
     ]
+    problems += [
+        f"activations.table: layer {number}: {name}: {fate} would change query or key after attention has used them; "
+        f"leave {fate.codec} out"
+        for name, fate in row.items()
+        if fate.codec == "fp8" and (name == "qkv" or (name + ".").startswith(_ATTENTION + "."))
+    ]
+    if "experts" in row and row["experts"].codec == "fp8":
+        problems.append(
+            f"activations.table: layer {number}: experts: {row['experts']}: what experts save is swapped as it is, "
+            "routing and all; leave fp8 out"
+        )
     if "experts" in row and row["experts"].fraction < 1:
         problems.append(
             f"activations.table: layer {number}: experts: {row['experts']} is possible for all layers only; set "

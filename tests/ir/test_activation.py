@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,9 @@ ALL = dict.fromkeys(TENSORS, SWAP)
         ("0.5@host", Fate(fraction=0.5)),
         ("1e-1", Fate(fraction=0.1)),
         ("1@hbm", KEEP),
+        ("swap/fp8", Fate(fraction=1.0, codec="fp8")),
+        ("0.5@host/fp8", Fate(fraction=0.5, codec="fp8")),
+        ("0.5/none", Fate(fraction=0.5, codec="none")),
     ],
 )
 def test_a_fate_is_read_from_its_text(text: str | float, fate: Fate) -> None:
@@ -48,6 +52,8 @@ def test_a_fate_survives_the_way_to_text_and_back() -> None:
     for _ in range(300):
         fate = Fate(fraction=rng.choice((0.0, 1.0, round(rng.random(), 4))), tier=rng.choice(("hbm", "host")))
         assert Fate.parse(str(fate)) == fate
+        coded = replace(fate, codec="fp8" if fate.tier == "host" and fate.fraction else "none")
+        assert Fate.parse(str(coded)) == coded
     assert [str(fate) for fate in (KEEP, SWAP, RECOMPUTE)] == ["keep", "swap", "recompute"]
 
 
@@ -56,6 +62,23 @@ def test_a_fate_survives_the_way_to_text_and_back() -> None:
 )
 def test_what_is_no_fate_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"none of keep|between 0 and 1"):
+        Fate.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("keep/fp8", "swapped to host"),
+        ("0.5@hbm/fp8", "swapped to host"),
+        ("recompute/fp8", "swapped to host"),
+        ("swap/int4", "none or fp8"),
+        ("swap/", "none or fp8"),
+        ("swap/fp8/fp8", "none or fp8"),
+        ("/fp8", "none of keep"),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         Fate.parse(text)
 
 

@@ -86,3 +86,61 @@ def test_everything_that_would_run_attention_again_is_reported_at_once() -> None
     assert "layer 1: attention_output: recompute would need attention to run again" in first
     assert "layer 2: layer_input: 0.5@hbm would need the layer before to run again" in second
     assert all("give keep or swap" in problem for problem in caught.value.problems)
+
+
+FP8 = {"policy": "memo", "compress": "fp8"}
+
+
+def _codecs(row: dict[str, str], **options: Any) -> dict[str, str | None]:
+    """What travels how in layer 1, by tensor or the module that saves it."""
+    rule = _plan(**{**FP8, **options}, table=[{"layers": "all", **row}] if row else []).rules[0]
+    paths = ("self_attention.linear_qkv", "mlp", "mlp.linear_fc1", "mlp.linear_fc2", "self_attention.core_attention")
+    return {
+        **{name: rule.fates[name].codec for name in rule.fates},
+        **{path: rule.fate_of(path).codec for path in paths},
+    }
+
+
+def test_linear_inputs_and_what_the_activation_function_gets_are_compressed() -> None:
+    coded = {name for name, codec in _codecs({}).items() if codec == "fp8"}
+    assert coded == {"self_attention.linear_qkv", "mlp", "mlp.linear_fc1", "mlp.linear_fc2"}
+    coded = {name for name, codec in _codecs({}, policy="ordered", swap_fraction=0.5).items() if codec == "fp8"}
+    assert coded == {"fc1"}
+
+
+def test_compression_changes_no_fate_but_its_codec() -> None:
+    for policy in ("memo", "ordered"):
+        for row in ({}, {"saved": "0.5@hbm"}, {"mlp.linear_fc2": "recompute", "fc1": "0.25"}):
+            options = {"policy": policy, "swap_fraction": 0.4, "table": [{"layers": "all", **row}] if row else []}
+            plain, coded = _plan(**options).rules[0], _plan(**options, compress="fp8").rules[0]
+            for name in (*coded.fates, "mlp.linear_fc1", "mlp.linear_fc2", "mlp", "pre_mlp_layernorm"):
+                one = plain.fates.get(name) or plain.fate_of(name)
+                other = coded.fates.get(name) or coded.fate_of(name)
+                assert (one.fraction, one.tier) == (other.fraction, other.tier), (policy, row, name)
+
+
+def test_the_table_asks_for_more_or_less_compression() -> None:
+    found = _codecs({"mlp.linear_fc2": "swap/none", "attention_output": "swap/fp8", "mlp.linear_fc1": "0.5"})
+    assert found["mlp.linear_fc2"] == "none" and found["attention_output"] == found["mlp.linear_fc1"] == "fp8"
+    assert _codecs({"mlp.linear_fc2": "swap/fp8"}, compress="none")["mlp.linear_fc2"] == "fp8"
+    everything = _codecs({"saved": "swap/fp8"}, compress="none")
+    assert everything["mlp.linear_fc2"] == "fp8" and everything["self_attention.core_attention"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("qkv", "query or key"),
+        ("self_attention.core_attention", "query or key"),
+        ("self_attention.core_attention.flash_attention", "query or key"),
+        ("experts", "as it is"),
+    ],
+)
+def test_what_must_not_be_compressed_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        _plan(policy="memo", table=[{"layers": "all", name: "swap/fp8"}])
+
+
+def test_compression_without_swap_is_a_contradiction() -> None:
+    with pytest.raises(ConfigError, match=r"activations.compress: has no effect with policy 'recompute'"):
+        _plan(policy="recompute", compress="fp8")

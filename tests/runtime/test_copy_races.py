@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megamem.runtime.activations import parcels
+from megamem.runtime.activations.codec import AbstractCodec
 from megamem.runtime.activations.host_arena import HostArena
-from megamem.runtime.activations.parcels import Courier, Parcel
+from megamem.runtime.activations.parcels import Courier, Manifest, Parcel
 from megamem.testing.streams import COMPUTE, NAMES, TO_DEVICE, TO_HOST, RaceError, SimulatedDevice
 
 NUM_ORDERS = 3200
@@ -44,6 +45,21 @@ def any_order(rng: random.Random, num_microbatches: int, num_chunks: int, most_a
         steps = done[index]
         done[index] += 1
         yield ("F", index, steps) if steps < num_chunks else ("B", index, last - steps - 1)
+
+
+class Halved(AbstractCodec):
+    """Two parts: the whole numbers below 2**20 that the tensors hold, high and low bits apart."""
+
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(shape, torch.int16), (shape, torch.uint8)]
+
+    def encode(self, tensor: Tensor) -> list[Tensor]:
+        number = tensor.to(torch.int32).contiguous()
+        return [(number >> 8).to(torch.int16), (number & 255).to(torch.uint8)]
+
+    def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        high, low = parts
+        return ((high.to(torch.int32) << 8) + low).to(dtype)
 
 
 class Training:
@@ -77,7 +93,13 @@ class Training:
             self.courier.retire(self.keep_in_flight)
             tensors = self.produce()
             want = [tensor.clone() for tensor in tensors]
-            parcel = self.courier.store(tensors, self.count_retired)
+            codecs = [
+                Halved() if tensor.is_floating_point() and self.rng.random() < 0.3 else None for tensor in tensors
+            ]
+            parcel = self.courier.store(tensors, self.count_retired, manifest=Manifest(tensors, codecs))
+            for tensor, codec in zip(tensors, codecs, strict=True):
+                if codec is not None:
+                    tensor.fill_(-1.0)  # the copies do not read it
             self.saved[microbatch, chunk, layer] = (parcel, want)
             del tensors
 

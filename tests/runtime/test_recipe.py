@@ -16,7 +16,7 @@ from megamem.runtime.activations.geometry import Geometry, TokenAxis  # noqa: E4
 from megamem.runtime.activations.recipe import Recipe, Situation, make_recipe  # noqa: E402
 from megamem.runtime.activations.signature import AnchorSpec, EntrySpec, PackSpec, Signature, Source  # noqa: E402
 
-LAYER: Any = SimpleNamespace(number=7, attention="attention")  # all that a recipe asks of a layer
+LAYER: Any = SimpleNamespace(number=7, attention="attention", experts=None)  # all that a recipe asks of a layer
 PATHS = {"qkv": "qkv_linear", "projection": "projection_linear", "fc1": "fc1_linear"}
 AXIS = TokenAxis(0)
 TOKENS = 100

@@ -220,7 +220,8 @@ class ActivationEngine:
                 break
             self.stats.num_without_room += 1
             self._warn_of_room(run.layer.number, room)
-        self.stats.swapped_nbytes += sum(parcel.nbytes for parcel, _ in run.parcels)
+        for parcel, _ in run.parcels:
+            self.stats.add_swapped(parcel)
 
     def _seal_experts(self, run: LayerRun, rule: LayerRule, routed: list[Handle]) -> None:
         """Experts' tensors: left where they are, or sent away whole."""
@@ -253,7 +254,7 @@ class ActivationEngine:
             for handle in handles:
                 assert handle.tensor is not None
                 handle.send_away(run, entry, Geometry.of(handle.tensor, region))
-        self.stats.swapped_nbytes += run.expert_parcel.nbytes
+        self.stats.add_swapped(run.expert_parcel)
 
     def _leave_alone(self, layer: AbstractLayer, handles: list[Handle]) -> None:
         """The layer saved other tensors than when it was learned: they are kept this time, and it is learned anew."""

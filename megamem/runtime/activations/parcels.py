@@ -48,6 +48,7 @@ import torch
 from torch import Tensor
 
 from megamem.errors import ActivationError
+from megamem.runtime.activations.codec import AbstractCodec
 from megamem.runtime.activations.host_arena import HostArena, Slot, aligned
 from megamem.runtime.activations.streams import AbstractDevice, AbstractEvent
 
@@ -56,7 +57,7 @@ _MOST_PLACES = 64  # slots a manifest, more than a layer has microbatches in fli
 
 @dataclass
 class Ledger:
-    """What a courier has done; bytes of tensors, without the rounding of slots."""
+    """What a courier has done; bytes of what is copied, without the rounding of slots."""
 
     bytes_stored: int = 0
     bytes_fetched: int = 0
@@ -129,24 +130,56 @@ class _Strided(_Wrap):
 
 
 @final
+class _Encoded(_Wrap):
+    """One tensor in another code, made on the compute stream: neither the copies nor the host see the tensor itself."""
+
+    __slots__ = ("codec", "dtype")
+
+    def __init__(self, position: int, tensor: Tensor, codec: AbstractCodec) -> None:
+        self.codec, self.dtype = codec, tensor.dtype
+        super().__init__([position], [Part(shape, dtype) for shape, dtype in codec.shapes(tuple(tensor.shape))])
+
+    def wrap(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.codec.encode(tensors[self.positions[0]].data)
+
+    def unwrap(self, parts: list[Tensor]) -> list[Tensor]:
+        return [self.codec.decode(parts, self.dtype)]
+
+
+@final
 class Manifest:
     """How a list of tensors lies in a slot: as parts, one behind the other, each aligned.
 
     Made once for the tensors that a layer stores in every step: shapes do not change, and looking at them again costs
     more than copying a small one.
 
-    nbytes:       of the parts, which is what the copies move.
-    slot_nbytes:  the same with the gaps that alignment leaves.
+    codecs:          of each tensor; None: none is encoded.
+    nbytes:          of the parts, which is what the copies move.
+    slot_nbytes:     the same with the gaps that alignment leaves.
+    tensors_nbytes:  of the tensors; more than `nbytes` where some are encoded.
+    exposed:         positions of the tensors that the copies read themselves.
     """
 
-    __slots__ = ("_num_tensors", "_places", "_plain", "_wraps", "nbytes", "parts", "slot_nbytes")
+    __slots__ = (
+        "_num_tensors", "_places", "_plain", "_wraps", "exposed", "nbytes", "parts", "slot_nbytes", "tensors_nbytes",
+    )  # fmt: skip
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], codecs: Sequence[AbstractCodec | None] | None = None) -> None:
         if not tensors:
             raise ValueError("a parcel holds at least one tensor")
         self._num_tensors = len(tensors)
-        self._plain = [i for i, tensor in enumerate(tensors) if tensor.is_contiguous()]
-        self._wraps = [_Strided(i, tensor) for i, tensor in enumerate(tensors) if not tensor.is_contiguous()]
+        self.tensors_nbytes = sum(tensor.nbytes for tensor in tensors)
+        self._plain: list[int] = []
+        self._wraps: list[_Wrap] = []
+        for i, (tensor, codec) in enumerate(zip(tensors, codecs or [None] * len(tensors), strict=True)):
+            if codec is not None:
+                self._wraps.append(_Encoded(i, tensor, codec))
+            elif tensor.is_contiguous():
+                self._plain.append(i)
+            else:
+                self._wraps.append(_Strided(i, tensor))
+        encoded = {i for wrap in self._wraps if isinstance(wrap, _Encoded) for i in wrap.positions}
+        self.exposed = [i for i in range(len(tensors)) if i not in encoded]
         self.parts = [Part(tensors[i].shape, tensors[i].dtype) for i in self._plain]
         self.parts += [part for wrap in self._wraps for part in wrap.parts]
         self.nbytes = sum(part.nbytes for part in self.parts)
@@ -173,6 +206,16 @@ class Manifest:
                 tensors[i] = tensor
             start = stop
         return tensors
+
+    def spent(self, parts: list[Tensor]) -> list[Tensor]:
+        """Of the parts that `unpack` was given, those that no tensor lies in."""
+        start, spent = len(self._plain), []
+        for wrap in self._wraps:
+            stop = start + len(wrap.parts)
+            if isinstance(wrap, _Encoded):
+                spent += parts[start:stop]
+            start = stop
+        return spent
 
     def places(self, slot: Slot) -> list[Tensor]:
         """Where in the slot each part lies. Kept: in the steady state a layer gets the same slots in every step."""
@@ -222,14 +265,17 @@ class _Cargo:
 
 @final
 class Parcel:
-    """A receipt for stored tensors: hand it to `Courier.take` or `Courier.drop`, once."""
+    """A receipt for stored tensors: hand it to `Courier.take` or `Courier.drop`, once.
 
-    __slots__ = ("_cargo", "_lost", "nbytes")
+    nbytes, tensors_nbytes: what is copied, and what was stored; see `Manifest`.
+    """
+
+    __slots__ = ("_cargo", "_lost", "nbytes", "tensors_nbytes")
 
     def __init__(self, cargo: _Cargo, lost: deque[_Cargo]) -> None:
         self._cargo = cargo
         self._lost = lost
-        self.nbytes = cargo.nbytes
+        self.nbytes, self.tensors_nbytes = cargo.nbytes, cargo.manifest.tensors_nbytes
 
     @property
     def is_open(self) -> bool:
@@ -270,7 +316,7 @@ class Courier:
         The tensors must not be changed in place from here on. `on_retire` is where the caller checks that (by their
         version counters): it runs once, right before the references are dropped or the tensors are handed back by
         forwarding, and not at all for a parcel that is dropped. What it raises passes through. `manifest` is that of
-        tensors with the same shapes, strides and dtypes, if there is one.
+        tensors with the same shapes, strides and dtypes, if there is one, and says which of them are encoded.
         """
         self._sweep()
         manifest = manifest or Manifest(tensors)
@@ -359,7 +405,9 @@ class Courier:
         self.ledger.num_live -= 1
         cargo.is_taken = True
         self.ledger.stage(-cargo.nbytes)  # whoever took it holds it now, also while a copy still reads it
-        return cargo.manifest.unpack(buffers)
+        tensors = cargo.manifest.unpack(buffers)
+        self.device.discard(cargo.manifest.spent(buffers))
+        return tensors
 
     def drop(self, parcel: Parcel) -> None:
         """Give up a parcel that no backward pass will want. A closed one: nothing happens."""

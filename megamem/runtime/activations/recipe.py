@@ -14,7 +14,7 @@ not, so each segment is one replay with a fixed set of answered modules. With eq
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megamem.errors import UnsupportedError
-from megamem.ir.activation import BASE, Fate, LayerRule, Tier
+from megamem.ir.activation import BASE, Codec, Fate, LayerRule, Tier
 from megamem.runtime.activations.capture import Handle
 from megamem.runtime.activations.geometry import Geometry, TokenAxis, compact
 from megamem.runtime.activations.layer import AbstractLayer
@@ -31,6 +31,7 @@ from megamem.runtime.activations.replay import PackKey
 from megamem.runtime.activations.signature import EntrySpec, Signature, Source, is_inside
 
 _SMALL = 1 / 32  # of what a layer swaps
+_LEAST_WIDTH = 16  # of the last dimension of what is encoded
 _VECTOR = 16  # bytes: kernels load this many at once, so what shares a piece begins at multiples of it
 
 Room = Literal["all", "base", "none"]
@@ -100,6 +101,7 @@ class PiecePlan:
     dims: tuple[tuple[int, int], ...] | None = None  # of the region to compact; None: not needed
     shares: tuple[Share, ...] = ()  # entries that lie in the piece together; `index` and `position` are the first one's
     is_woven: bool = False  # they lie so in device memory too
+    codec: Codec | None = None
 
     def collect(self, handles: list[Handle]) -> Tensor:
         """The entries that share the piece, in one 1-D tensor: a view where they are woven, else a copy."""
@@ -201,15 +203,18 @@ class _Maker:
         return recipe
 
     def _weaves(self, entries: list[EntryPlan]) -> Iterator[PiecePlan]:
-        """Weaves that are swapped whole: stored as they lie."""
+        """Weaves that are swapped whole, and alike: stored as they lie."""
+        specs = self.signature.entries
         for weave in self.signature.weaves:
-            if all(entries[index].whole and entries[index].tier == "host" for index, _ in weave.members):
-                specs = self.signature.entries
+            is_swapped = all(entries[index].whole and entries[index].tier == "host" for index, _ in weave.members)
+            codecs = {self._codec(specs[index]) for index, _ in weave.members}
+            if is_swapped and len(codecs) == 1:
                 shares = tuple(Share(index, specs[index].packs[0], skip) for index, skip in weave.members)
-                first, dims = shares[0], ((weave.numel, 1),)
+                first = shares[0]
                 yield PiecePlan(
-                    "entry", first.entry, first.position, self.tokens, dims=dims, shares=shares, is_woven=True
-                )
+                    "entry", first.entry, first.position, self.tokens, dims=((weave.numel, 1),), codec=codecs.pop(),
+                    shares=shares, is_woven=True,
+                )  # fmt: skip
 
     def _bundles(self, entries: list[EntryPlan]) -> Iterator[PiecePlan]:
         """What is small (norm statistics, log-sum-exp, rotary tables) and swapped whole, put together by dtype: a copy
@@ -223,7 +228,12 @@ class _Maker:
             room -= spec.nbytes
             if room < 0:
                 break
-            if spec.name not in BASE and spec.dims == ((spec.numel, 1),) and spec.nbytes % _VECTOR == 0:
+            if (
+                spec.name not in BASE
+                and self._codec(spec) != "fp8"
+                and spec.dims == ((spec.numel, 1),)
+                and spec.nbytes % _VECTOR == 0
+            ):
                 small.setdefault(spec.dtype, []).append(index)
         for members in small.values():
             if len(members) > 1:
@@ -268,7 +278,8 @@ class _Maker:
             apart = plan.name in BASE and self.situation.keep_base
             (resident if plan.tier == "hbm" else host_base if apart else host_rest).pieces.append(piece)
         for index, anchor in enumerate(recipe.anchors):
-            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis)
+            codec = self.rule.fates[anchor.name].codec
+            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis, codec=codec)
             (resident if anchor.tier == "hbm" else host_rest).pieces.append(piece)
         self._add_base(recipe, host_base if self.situation.keep_base else host_rest)
         loads = [load for load in (host_base, host_rest, resident) if load.pieces]
@@ -279,23 +290,36 @@ class _Maker:
     def _piece(self, plan: EntryPlan) -> PiecePlan:
         spec = self.signature.entries[plan.index]
         position = spec.packs[0]
+        codec = self._codec(spec)
         if plan.whole:
             dims = None if self._is_dense(plan.index) else spec.dims
-            return PiecePlan("entry", plan.index, position, plan.tokens, dims=dims)
+            return PiecePlan("entry", plan.index, position, plan.tokens, dims=dims, codec=codec)
         assert plan.source is not None
         if plan.source.geometry == self.signature.packs[position].geometry:
-            return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis)
-        return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis, plan.source.geometry, spec.dims)
+            return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis, codec=codec)
+        geometry = plan.source.geometry
+        return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis, geometry, spec.dims, codec=codec)
+
+    def _codec(self, spec: EntrySpec) -> Codec | None:
+        """How the entry travels to host memory. As it is: statistics, with a number or two for each token, and what
+        experts are given, which decides whom a token is sent to."""
+        shape = self.signature.packs[spec.packs[0]].shape
+        is_little = spec.name not in BASE and (len(shape) < 2 or shape[-1] < _LEAST_WIDTH)
+        if is_little or is_inside(spec.name, self.layer.experts):
+            return None
+        return self._fate(spec).codec
 
     def _add_base(self, recipe: Recipe, load: Load) -> None:
         """The base is wanted by replays even where autograd saves none of it."""
         saved = {plan.name for plan in recipe.entries}
         if not recipe.needs_base:
             return
+        fates = self.rule.fates
         if recipe.input_tier == "host" and recipe.store_input and "layer_input" not in saved:
-            load.pieces.append(PiecePlan("layer_input", 0, -1, self.tokens))
+            load.pieces.append(PiecePlan("layer_input", 0, -1, self.tokens, codec=fates["layer_input"].codec))
         if recipe.attention_tier == "host" and "attention_output" not in saved and self.layer.attention is not None:
-            load.pieces.append(PiecePlan("attention_output", 0, -1, self.tokens))
+            codec = fates["attention_output"].codec
+            load.pieces.append(PiecePlan("attention_output", 0, -1, self.tokens, codec=codec))
 
     def _base_tier(self, name: str) -> Tier:
         if self.room == "none" or (name == "layer_input" and self.situation.input_is_held):
@@ -355,7 +379,7 @@ class _Maker:
     def _fate(self, spec: EntrySpec) -> Fate:
         """Attention's own scratch (log-sum-exp) goes where its output goes: it cannot be rebuilt without attention."""
         if not spec.sources and is_inside(spec.name, self.layer.attention):
-            return self.rule.fates["attention_output"]
+            return replace(self.rule.fates["attention_output"], codec=None)
         return self.rule.fate_of(spec.name)
 
     def _segments(self, entries: list[EntryPlan], anchors: list[AnchorPlan]) -> list[Segment]:

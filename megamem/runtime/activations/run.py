@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megamem.errors import ActivationError
 from megamem.runtime.activations.capture import Capture, Entry, Handle
+from megamem.runtime.activations.codec import codec_for
 from megamem.runtime.activations.geometry import Geometry, compact, region_of
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, with_first_tensor
 from megamem.runtime.activations.parcels import Manifest, Parcel
@@ -138,8 +139,11 @@ class LayerRun:
 
     def _store(self, load: Load, tensors: list[Tensor]) -> bool:
         if load.manifest is None:
-            load.manifest = Manifest(tensors)
-        parcel = self.engine.courier.store(tensors, self.version_check(tensors, load.names), manifest=load.manifest)
+            codecs = [codec_for(piece.codec, tensor.dtype) for piece, tensor in zip(load.pieces, tensors, strict=True)]
+            load.manifest = Manifest(tensors, codecs)
+        exposed, names = load.manifest.exposed, load.names
+        check = self.version_check([tensors[i] for i in exposed], [names[i] for i in exposed])
+        parcel = self.engine.courier.store(tensors, check, manifest=load.manifest)
         if parcel is not None:
             self.parcels.append((parcel, load))
         return parcel is not None

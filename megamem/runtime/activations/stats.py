@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megamem.runtime.activations.parcels import Parcel
 
 
 @dataclass(slots=True)
@@ -24,7 +28,8 @@ class ActivationStats:
 
     kept_nbytes         left in device memory until the layer's backward pass
     untouched_nbytes    the same, of layers that the plan leaves alone
-    swapped_nbytes      copied to host memory
+    swapped_nbytes      moved to host memory
+    link_nbytes         what was copied to move it, and as much is copied back: less where it is compressed
     recomputed_nbytes   thrown away and rebuilt
     replayed_tokens     tokens over which a layer's forward ran again
     retained            of what is kept: held now, and at most
@@ -39,8 +44,14 @@ class ActivationStats:
     kept_nbytes: int = 0
     untouched_nbytes: int = 0
     swapped_nbytes: int = 0
+    link_nbytes: int = 0
     recomputed_nbytes: int = 0
     replayed_tokens: int = 0
     num_steps: int = 0
     retained: Retained = field(default_factory=Retained)
     peak_held_nbytes: int = 0
+
+    def add_swapped(self, parcel: Parcel) -> None:
+        """Count what was stored."""
+        self.swapped_nbytes += parcel.tensors_nbytes
+        self.link_nbytes += parcel.nbytes
