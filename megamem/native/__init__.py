@@ -57,6 +57,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "megamem_arena_counters": (None, [_ARENA, _INT64S]),
     "megamem_arena_blocks": (ctypes.c_int64, [_ARENA, _INT64S, _INT64S, ctypes.c_int64]),
     "megamem_arena_base": (_AT, [_ARENA]),
+    "megamem_pluggable_setup": (_ARENA, [ctypes.c_void_p, ctypes.c_int32]),
+    "megamem_pluggable_arena": (_ARENA, []),
+    "megamem_pluggable_reserved": (ctypes.c_int64, []),
 }
 
 

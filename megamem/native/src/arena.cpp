@@ -202,11 +202,13 @@ Region* Arena::owner(const void* at) {
   return nullptr;
 }
 
-bool Arena::free(void* at) {
+bool Arena::free(void* at, int64_t* size) {
   const Guard guard(lock_);
   Region* region = owner(at);
   if (region == nullptr) return false;
-  if (region->size_of(at) == 0) {
+  const int64_t held = region->size_of(at);
+  if (size != nullptr) *size = held;
+  if (held == 0) {
     ++counters_[MEGAMEM_UNKNOWN];
     return true;
   }
@@ -341,15 +343,15 @@ void Arena::counters(int64_t* out) {
   out[MEGAMEM_RETIRED] = static_cast<int64_t>(retired_.size());
 }
 
-int64_t Arena::blocks(int64_t* offset, int64_t* size, int64_t max) {
+std::vector<Region::Block> Arena::live_blocks() {
   const Guard guard(lock_);
-  if (!region_) return 0;
-  const std::vector<Region::Block> live = region_->blocks();
-  for (size_t i = 0; i < live.size() && static_cast<int64_t>(i) < max; ++i) {
-    offset[i] = live[i].offset;
-    size[i] = live[i].size;
-  }
-  return static_cast<int64_t>(live.size());
+  return region_ ? region_->blocks() : std::vector<Region::Block>();
+}
+
+void* Arena::base_of(const void* at) {
+  const Guard guard(lock_);
+  const Region* region = owner(at);
+  return region == nullptr ? nullptr : region->base();
 }
 
 void Arena::after_fork(bool is_child) {

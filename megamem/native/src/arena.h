@@ -124,8 +124,8 @@ class Arena {
 
   // Null where the request is the native allocator's.
   void* malloc(size_t size, uint64_t stream);
-  // False where the block is none of the arena's. Throws nothing, whatever the pointer.
-  bool free(void* at);
+  // False where the block is none of the arena's. `size` is set to the block's.
+  bool free(void* at, int64_t* size = nullptr);
   // Another stream uses the block: its bytes stay taken after the free until that use is over.
   bool record_use(void* at, uint64_t stream);
 
@@ -138,8 +138,9 @@ class Arena {
 
   void set_poison(bool on);
   void counters(int64_t* out);
-  int64_t blocks(int64_t* offset, int64_t* size, int64_t max);
+  std::vector<Region::Block> live_blocks();
   void* base();
+  void* base_of(const void* at);  // of the arena, present or former, that holds the address; null where none does
 
   // Around fork(): the child inherits the lock free and serves nothing.
   void before_fork() { lock_.lock(); }

@@ -118,7 +118,14 @@ void megamem_arena_poison(megamem_arena* arena, int32_t on) {
 void megamem_arena_counters(megamem_arena* arena, int64_t* out) { arena->arena.counters(out); }
 
 int64_t megamem_arena_blocks(megamem_arena* arena, int64_t* offset, int64_t* size, int64_t max) {
-  return guarded<>(int64_t{0}, [&] { return arena->arena.blocks(offset, size, max); });
+  return guarded<>(int64_t{0}, [&] {
+    const auto live = arena->arena.live_blocks();
+    for (size_t i = 0; i < live.size() && static_cast<int64_t>(i) < max; ++i) {
+      offset[i] = live[i].offset;
+      size[i] = live[i].size;
+    }
+    return static_cast<int64_t>(live.size());
+  });
 }
 
 void* megamem_arena_base(megamem_arena* arena) { return arena->arena.base(); }
