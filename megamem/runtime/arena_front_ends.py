@@ -58,13 +58,13 @@ def compile_front_end(source: str, *, links: tuple[str, ...], flags: tuple[str, 
     )
 
 
-_CPU_FUNCTIONS = (
+_CPU_FUNCTIONS: Any = (  # name, what it returns, what it takes
     ("arena", ctypes.c_void_p, []),
     ("install", None, []),
     ("uninstall", None, []),
     ("stream", ctypes.c_uint64, []),
 )
-_CUDA_FUNCTIONS = (
+_CUDA_FUNCTIONS: Any = (
     ("arena", ctypes.c_void_p, [ctypes.c_int32]),
     ("install", ctypes.c_int32, []),
     ("uninstall", None, []),
@@ -119,7 +119,7 @@ class CudaFrontEnd(FrontEnd):
         self._device = device
         self._library = compile_front_end("cuda_allocator.cpp", links=("-lc10_cuda", "-lc10"), flags=cuda_flags())
         _declare(self._library, "cuda", _CUDA_FUNCTIONS)
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         handle = self._library.megamem_cuda_arena(self._index)
         if handle is None:
             raise NativeError("the arena of this process is on another CUDA device; keep to one device a process")
@@ -191,7 +191,7 @@ def install_pluggable(device: int = 0) -> None:
         library._name, "megamem_pluggable_malloc", "megamem_pluggable_free"
     )
     record = ctypes.cast(library.megamem_pluggable_record_stream, ctypes.c_void_p).value
-    allocator.allocator().set_record_stream_fn(record)
+    allocator.allocator().set_record_stream_fn(record)  # type: ignore[no-untyped-call]
     torch.cuda.memory.change_current_allocator(allocator)
 
 
