@@ -1,5 +1,6 @@
 """The `megamem` command. It starts without torch; a subcommand imports what it needs when it runs.
 
+megamem run        run a training script with megamem switched on
 megamem doctor     what of megamem works with what is installed here
 megamem config     check, resolve and describe configurations
 megamem simulate   check, price and draw a pipeline schedule
@@ -17,6 +18,7 @@ from megamem import __version__
 from megamem.config import add_arguments, config_from_args, json_schema, options_table
 from megamem.errors import MegamemError
 from megamem.profile import add_profile
+from megamem.run import add_run
 from megamem.solve import add_solve
 
 _EXAMPLES = """examples:
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megamem {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_run(commands)
     _add_doctor(commands)
     _add_config(commands)
     _add_simulate(commands)

@@ -119,13 +119,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def config_from_args(namespace: argparse.Namespace) -> Config:
     """The configuration that the flags of `add_arguments` ask for."""
-    overrides = {
+    return load_config(getattr(namespace, "megamem", None), overrides_from_args(namespace))
+
+
+def overrides_from_args(namespace: argparse.Namespace) -> dict[str, str]:
+    """The single options among the flags of `add_arguments`, as `load_config` takes them."""
+    return {
         f"{name}.{item.name}": value
         for name, section in _sections().items()
         for item in options_of(section)
         if (value := getattr(namespace, _dest(name, item), None)) is not None
     }
-    return load_config(getattr(namespace, "megamem", None), overrides)
 
 
 def json_schema() -> dict[str, object]:

@@ -17,13 +17,21 @@ Plain = str | list["Plain"] | dict[str, "Plain"]
 
 
 def read_block(path: Path) -> dict[str, Plain]:
-    """The content of the `megamem:` block of the file at `path`. Raises ConfigError."""
+    """The content of the `megamem:` block of the file at `path`. Raises ConfigError, also where there is none."""
+    block = find_block(path)
+    if block is None:
+        raise ConfigError(f"{path}: no megamem: block; put the settings below a top-level key megamem")
+    return block
+
+
+def find_block(path: Path) -> dict[str, Plain] | None:
+    """The content of the `megamem:` block of a file; None where it has none. Raises ConfigError."""
     root = _compose(path)
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: no megamem: block; the file must be a mapping with the key megamem")
     blocks = [value for key, value in root.value if key.value == "megamem"]
     if not blocks:
-        raise ConfigError(f"{path}: no megamem: block; put the settings below a top-level key megamem")
+        return None
     if len(blocks) > 1:
         raise ConfigError(f"{path}, line {blocks[1].start_mark.line + 1}: a second megamem: block; merge them")
     problems: list[str] = []

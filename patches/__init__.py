@@ -10,9 +10,11 @@ from megamem.patches.megatron_core import (
     gpt_model,
     language_module,
     layers,
+    parallel_state,
     schedules,
     transformer_layer,
 )
+from megamem.patches.megatron_training import arguments, gpt_builder, training
 from megamem.patches.registry import Patch
 
 GROUPS: Mapping[str, tuple[Patch, ...]] = {
@@ -26,3 +28,15 @@ GROUPS: Mapping[str, tuple[Patch, ...]] = {
 }
 """The patches of each capability, by the name of its section in the configuration; behind a dot, a part of it that is
 applied where it is needed."""
+
+DOORS: Mapping[str, tuple[Patch, ...]] = {
+    "scripts": parallel_state.DOOR_PATCHES,
+    "megatron-lm": arguments.DOOR_PATCHES,
+}
+"""The patches by which scripts that do not know of megamem are entered (`megamem run`), by trainer."""
+
+TRAINER_PLACEMENTS: Mapping[str, tuple[Patch, ...]] = {
+    "megatron-lm.v-placement": (*training.PLACEMENT_PATCHES, *gpt_builder.PLACEMENT_PATCHES),
+}
+"""What a V placement needs besides, of trainers that build models and data by themselves; applied where the trainer is
+loaded."""

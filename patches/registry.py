@@ -78,6 +78,11 @@ class Patch:
         return replace(self, build=partial(self.build, *context))
 
     @property
+    def module(self) -> str:
+        """The module that the target is in."""
+        return self.target.partition(":")[0]
+
+    @property
     def bindings(self) -> tuple[str, ...]:
         """All names that are replaced."""
         return (self.target, *self.also)

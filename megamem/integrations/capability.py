@@ -32,9 +32,9 @@ class CapabilityReport(Protocol):
 class Capability(ABC):
     """One section of the configuration, switched on in one process.
 
-    In the order in which a run calls them: `patches`, `on_layer_built`, `problems`, `adopt`, then for each step
-    `begin_step`, `run_step` and `end_step` (or `abandon_step`), after the first training step `is_live`, at any time
-    `report`, at the end `close`. A method that a capability does not need is left as it is here.
+    In the order in which a run calls them: `patches`, `expected`, `on_layer_built`, `problems`, `adopt`, then for each
+    step `begin_step`, `run_step` and `end_step` (or `abandon_step`), after the first training step `is_live`, at any
+    time `report`, at the end `close`. A method that a capability does not need is left as it is here.
     """
 
     SECTION: ClassVar[str]  # of the configuration; `patches.GROUPS` has what bounds its steps by the same name
@@ -44,6 +44,10 @@ class Capability(ABC):
     @abstractmethod
     def patches(self) -> Sequence[Patch]:
         """What it replaces in the trainer, bound and ready to apply; the session brings the bounds of steps."""
+
+    def expected(self) -> str:
+        """What to expect of it, in bytes or time, as far as that is known when it is switched on."""
+        return ""
 
     def on_layer_built(self, layer: Module) -> None:  # noqa: B027 - most need none
         """A transformer layer was constructed. Raises UnsupportedError where it does not go with the capability."""

@@ -14,8 +14,9 @@ import inspect
 import logging
 import os
 import secrets
+import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from torch.nn import Module
 
 from megamem.config import Activations, Config, load_config
 from megamem.errors import ConfigError, MissingPackage, UnsupportedError
+from megamem.flags import origins_in
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat
 from megamem.integrations.allocator import PlannedMemory
@@ -38,9 +40,10 @@ from megamem.integrations.metering import EngineMeter, Meter, MeterSession, Sche
 from megamem.integrations.plan_check import check_layout, check_model
 from megamem.integrations.report import ActivationReport, Report
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
+from megamem.integrations.switch_on import switch_on_table
 from megamem.integrations.vocabulary import FusedLoss
-from megamem.patches import GROUPS
-from megamem.patches.registry import Applied, apply
+from megamem.patches import GROUPS, TRAINER_PLACEMENTS
+from megamem.patches.registry import Applied, Patch, apply
 from megamem.planner.activations import plan_activations
 from megamem.planner.schedules.plan import PlannedSchedule
 from megamem.runtime.activations.engine import ActivationEngine
@@ -58,14 +61,21 @@ CAPABILITIES: Mapping[str, Callable[[Config], Capability]] = {
 """What makes the capability of a section that is switched on; `activations` and `schedule` are the session's own."""
 
 
-def enable(config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None) -> Handle:
-    """Switch on what `config` asks for, in this process; every rank calls it.
+def enable(
+    config: Config | str | Path | Mapping[str, object],
+    *,
+    device: AbstractDevice | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Handle:
+    """Switch on what `config` asks for, in this process; every rank calls it, and rank 0 prints what is on.
 
     `device` replaces the copy queues (a simulator, in tests); by default CUDA's for CUDA tensors, else plain copies.
+    `origins` says where each `section.option` was asked for, if not in the file `config`.
     Raises ConfigError where the configuration is wrong or the machine cannot hold it, MissingPackage without
     Megatron-Core, PatchError where the installed release is not one that megamem knows.
     """
-    loaded = _with_offloads(load_config(config))
+    asked = load_config(config)
+    loaded = _with_offloads(asked)
     if not loaded.enabled:
         return Handle(loaded, None, Applied())
     try:
@@ -82,10 +92,22 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
     wanted = dict.fromkeys(patch for name in loaded.enabled for patch in GROUPS[name])  # groups share patches
     patches = [patch.bound(session) for patch in wanted]
     if session.schedule is not None and session.schedule.placement is not None:
-        patches += [patch.bound(session.schedule.placement) for patch in GROUPS["schedule.v-placement"]]
+        of_models = (*GROUPS["schedule.v-placement"], *_of_loaded_trainers())
+        patches += [patch.bound(session.schedule.placement) for patch in of_models]
     for capability in session.capabilities:
         patches += capability.patches()
-    return Handle(loaded, session, apply(patches))
+    applied = apply(patches)
+    if torch.distributed.get_rank() == 0:
+        where = str(config) if isinstance(config, str | Path) else "megamem.enable"
+        implied = origins_in(loaded, f"schedule.name: {loaded.schedule.name}")
+        print(session.table(implied | (origins or origins_in(asked, where))), flush=True)
+    return Handle(loaded, session, applied)
+
+
+def _of_loaded_trainers() -> Iterator[Patch]:
+    """What a V placement needs of the trainers that this process has loaded."""
+    for patches in TRAINER_PLACEMENTS.values():
+        yield from (patch for patch in patches if patch.module in sys.modules)
 
 
 def _with_offloads(config: Config) -> Config:
@@ -124,7 +146,18 @@ class Session(AbstractSession):
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
         self._num_built = 0
         self._has_begun = self._has_trained = False
+        self._planned = planned
         self.undo: list[Callable[[], None]] = []
+
+    def table(self, origins: Mapping[str, str]) -> str:
+        """What is on, who asked for it, and what to expect of it."""
+        return switch_on_table(
+            self.config,
+            origins,
+            host_nbytes=self.host_nbytes,
+            planned=self._planned,
+            capabilities=self.capabilities,
+        )
 
     def on_layer_built(self, layer: Module) -> None:
         self._num_built += 1

@@ -134,6 +134,12 @@ class VPlacement(AbstractPlacement):
         finally:
             self._announced = before
 
+    def run_building(self, build: Callable[..., Any], /, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> Any:
+        if vp_stage is None:
+            return build(*args, **kwargs)
+        with self.building(vp_stage):
+            return build(*args, vp_stage=vp_stage, **kwargs)
+
     # -- construction --------------------------------------------------------------------------------------------------
 
     def build(

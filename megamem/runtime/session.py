@@ -46,6 +46,12 @@ class AbstractPlacement(ABC):
         """Run a model's constructor for the stage that its chunk is, whatever stage the trainer took it for."""
 
     @abstractmethod
+    def run_building(self, build: Callable[..., Any], /, *args: Any, vp_stage: int | None, **kwargs: Any) -> Any:
+        """`build(*args, vp_stage=vp_stage, **kwargs)`, where parallel state answers for the stage that chunk
+        `vp_stage` of this rank is; None stands for no chunk.
+        """
+
+    @abstractmethod
     def on_embeddings(self, model: Module) -> None:
         """A model chunk's embedding and output layer have been constructed and marked."""
 

@@ -3,18 +3,14 @@
     torchrun --nproc-per-node 2 -m megamem.testing pretrain_gpt.py --distributed-backend gloo --transformer-impl local
     ...
 
-The script runs as `__main__` under `cpu_rig`. If it comes with `megatron.training` (a Megatron-LM checkout), what
-stops that package without a GPU is taken out of the way first: its demand for CUDA, its compilation of CUDA helpers,
-and on Python 3.11 an import of `typing.override`.
+The script runs as `__main__` under `cpu_rig`, and what stops Megatron-LM and Megatron-Bridge without a GPU is taken
+out of the way (`trainers`). `megamem run --cpu` does the same, with megamem switched on.
 """
 
 import argparse
-import functools
-import inspect
 import os
 import runpy
 import sys
-import typing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,10 +36,10 @@ def main(argv: list[str] | None = None) -> None:
 
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # before torch is imported, where it works best
     from megamem.testing.cpu import cpu_rig
+    from megamem.testing.trainers import unblock_trainers
 
     sys.argv = [str(script), *options.arguments]
-    with cpu_rig(claim_cuda=options.claim_cuda):
-        _unblock_training()
+    with cpu_rig(claim_cuda=options.claim_cuda), unblock_trainers():
         runpy.run_path(str(script), run_name="__main__")
 
 
@@ -56,26 +52,6 @@ def _check_packages(parser: argparse.ArgumentParser) -> None:
         if not found:
             remedy = "install it with: pip install 'megamem[train]'"
             parser.exit(2, f"{parser.prog}: {package} is not installed; {remedy}\n")
-
-
-def _unblock_training() -> None:
-    """Patches of `megatron.training`, for the life of this process (which is the script's)."""
-    if not hasattr(typing, "override"):
-        typing.override = lambda method: method  # type: ignore[attr-defined,unused-ignore]
-    if find_spec("megatron.training") is None:
-        return
-    from megatron import training
-    from megatron.training import initialize
-    from megatron.training import training as loop
-
-    real = initialize.initialize_megatron
-    if "allow_no_cuda" in inspect.signature(real).parameters:
-        permissive = functools.partial(real, allow_no_cuda=True)
-        for module in (initialize, loop, training):
-            if getattr(module, "initialize_megatron", None) is real:
-                module.initialize_megatron = permissive
-    if hasattr(initialize, "_compile_dependencies"):
-        initialize._compile_dependencies = lambda: None
 
 
 if __name__ == "__main__":

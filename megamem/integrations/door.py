@@ -1,0 +1,112 @@
+"""A way into scripts that do not know of megamem: it is switched on when Megatron's parallel groups are there.
+
+    door = Door(request)
+    door.open()              # nothing is imported yet; the script's own imports are waited for
+    runpy.run_path(script)   # initialize_model_parallel switches megamem on, the first step checks that it is live
+    door.close()             # the report, and everything restored
+
+Torch is not imported before the script imports it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megamem.config import add_arguments
+from megamem.errors import NotLiveError
+from megamem.flags import Request
+from megamem.integrations.after_import import AfterImport
+from megamem.patches import DOORS
+from megamem.patches.registry import Patch, apply
+from megamem.runtime.door import AbstractDoor
+
+if TYPE_CHECKING:
+    from megamem.integrations.megatron_core import Handle
+    from megamem.patches.registry import Applied
+
+class Door(AbstractDoor):
+    """Switches `request` on in the script that runs in this process, and off again."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.handle: Handle | None = None
+        self._was_on = False
+        self._applied: list[Applied] = []
+        self._imports: AfterImport | None = None
+
+    def open(self) -> None:
+        """Wait for the script's imports of Megatron. Raises PatchError where the patches do not fit what is there."""
+        by_module: dict[str, list[Patch]] = {}
+        for patches in DOORS.values():
+            for patch in patches:
+                by_module.setdefault(patch.module, []).append(patch.bound(self))
+        self._imports = AfterImport({name: self._applier(found) for name, found in by_module.items()})
+
+    def _applier(self, patches: list[Patch]) -> Callable[[], None]:
+        return lambda: self._applied.append(apply(patches))
+
+    def on_groups(self) -> None:
+        if self.handle is not None:  # groups of another model, beside the one that trains
+            return
+        from megamem.integrations.megatron_core import enable
+
+        if self.request.config.enabled:
+            self.handle = enable(self.request.config, origins=self.request.origins)
+            self._was_on = True
+
+    def on_groups_gone(self) -> None:
+        self._switch_off()
+
+    def add_flags(self, parser: Any) -> Any:
+        add_arguments(parser)
+        parser.set_defaults(**self.request.values)  # so that the trainer's dump of arguments shows them
+        return parser
+
+    def close(self) -> None:
+        """The script has ended: say what was done, and restore everything.
+
+        Raises NotLiveError if something was to be switched on, and the script never made Megatron's parallel groups.
+        """
+        self._switch_off()
+        self.abandon()
+        if self.request.config.enabled and not self._was_on:
+            raise NotLiveError(
+                f"{', '.join(self.request.config.enabled)} was to be switched on, and the script has ended without "
+                "megatron.core.parallel_state.initialize_model_parallel, where that happens; does it train with "
+                "Megatron-Core?"
+            )
+
+    def abandon(self) -> None:
+        """Restore everything, and say nothing: the script has failed, and its own error is what matters."""
+        if self._imports is not None:
+            self._imports.close()
+        if self.handle is not None:
+            self.handle.disable()
+            self.handle = None
+        while self._applied:
+            self._applied.pop().revert()
+
+    def _switch_off(self) -> None:
+        if self.handle is None:
+            return
+        if is_main_rank():
+            print(f"megamem: what it did on rank 0\n{self.handle.report()}", flush=True)
+        self.handle.disable()
+        self.handle = None
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that talks; before there are process groups, too."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_rank()) == 0
+    return rank_of(os.environ) in (None, 0)
+
+
+def rank_of(environment: Mapping[str, str]) -> int | None:
+    """This process's rank by the variables of torchrun, Slurm and MPI launchers; None where none started it."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)

@@ -1,0 +1,124 @@
+"""`megamem run SCRIPT`: a training script that does not know of megamem, with megamem switched on in it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from megamem.config import add_arguments
+from megamem.errors import ConfigError, MissingPackage
+from megamem.flags import Request, split_flags
+from megamem.integrations.door import Door, rank_of
+
+EXAMPLES = """examples:
+  torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --megamem megamem.yaml <Megatron-LM's flags>
+  torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --megamem-activations-policy memo ...
+  torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --yaml-cfg run.yaml     (with a megamem: block in run.yaml)
+  torchrun --nproc-per-node 2 -m megamem run --cpu pretrain_gpt.py --distributed-backend gloo --transformer-impl local ...
+
+SCRIPT is any program that trains with Megatron-Core: Megatron-LM's pretrain_gpt.py from an unmodified checkout, a
+Megatron-Bridge script, your own. The --megamem flags may stand before or behind it; it never sees them. megamem is
+switched on when the script has made Megatron's parallel groups, and off, with a report, when it ends.
+"""
+
+
+def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "run",
+        help="run a training script with megamem switched on",
+        description="Run a training script that does not know of megamem, on every rank, with megamem switched on.",
+        usage="megamem run [--cpu] [--megamem FILE.yaml] [--megamem-SECTION-OPTION VALUE ...] SCRIPT [ARGUMENT ...]",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="train on CPU ranks: what Megatron asks of CUDA is mapped to the CPU"
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="the Python file to run")
+    parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="what the script gets")
+    add_arguments(parser)
+    parser.set_defaults(run=run_script)
+
+
+def run_script(options: argparse.Namespace) -> int:
+    """Run the script as `__main__`. What it raises, SystemExit included, goes on to the caller."""
+    script = Path(options.script)
+    typed = [word for key, value in vars(options).items() for word in _typed(key, value)]
+    request, arguments = split_flags([*typed, *options.arguments])
+    _check(script, arguments)
+    sys.path[0] = str(script.resolve().parent)  # as `python script` does; a checkout's own megatron is found from here
+    _check_packages()
+    sys.argv = [str(script), *arguments]
+    with _rig(options.cpu):
+        _run(script, request)
+    return 0
+
+
+def _typed(key: str, value: object) -> list[str]:
+    """A --megamem flag from before the script, as it was typed."""
+    is_ours = key.startswith("megamem") and value is not None
+    return [f"--{key.replace('_', '-')}={value}"] if is_ours else []
+
+
+def _run(script: Path, request: Request) -> None:
+    door = Door(request)
+    door.open()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code in (None, 0):
+            door.close()
+        else:
+            door.abandon()
+        raise
+    except BaseException:
+        door.abandon()
+        raise
+    door.close()
+
+
+def _check(script: Path, arguments: Sequence[str]) -> None:
+    """What is wrong with the call, before anything is loaded."""
+    if not script.is_file():
+        near = "" if script.suffix else f"; did you mean {script}.py?" if script.with_suffix(".py").is_file() else ""
+        raise ConfigError(f"run: {script} is not a file{near}")
+    if rank_of(os.environ) is None and not {"-h", "--help"} & set(arguments):
+        raise ConfigError(
+            "run: no launcher has started this process (RANK is not set), so it would not know the other ranks; start "
+            f"it as  torchrun --nproc-per-node N -m megamem run {script} ..."
+        )
+
+
+def _check_packages() -> None:
+    for module, package in (("torch", "torch"), ("megatron.core", "megatron-core")):
+        try:
+            found = find_spec(module) is not None
+        except ModuleNotFoundError:  # the parent package is absent
+            found = False
+        if not found:
+            raise MissingPackage(
+                f'run: {package} is not installed, and not beside the script; pip install "megamem[train]", or set '
+                "PYTHONPATH to where it is"
+            )
+
+
+@contextlib.contextmanager
+def _rig(on_cpu: bool) -> Iterator[None]:
+    if not on_cpu:
+        yield
+        return
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # before torch is imported, where it works best
+    from megamem.testing.cpu import cpu_rig
+    from megamem.testing.trainers import unblock_trainers
+
+    with cpu_rig(), unblock_trainers():
+        yield
+
+
