@@ -18,6 +18,8 @@ EXTRAS = {
     "train": ["torch>=2.6", MEGATRON, "numpy", "psutil", "tensorboard"],
     "te": ["transformer-engine[pytorch]>=2.10"],
     "nemo": ["megatron-bridge"],
+    # What a checkout of Megatron-LM imports, and compiles its data set's helpers with.
+    "megatron-lm": ["six", "regex", "einops", "pydantic", "pybind11"],
     "plot": ["matplotlib"],
     "solver": ["ortools>=9.10"],
     "solve": ["scipy>=1.9"],  # the solver mip; the others need nothing but a C++ compiler

@@ -18,7 +18,11 @@ be run. The environments are kept and reused.
 
 Further arguments go to pytest: ci/matrix.sh --only 0.18.2 tests/patches
 
+With MEGATRON_LM, a clone of Megatron-LM with its tags, pretrain_gpt.py of each release trains too, and the tests that
+need a checkout (tests/integrations/test_megatron_lm.py) are not skipped.
+
 environment:
+  MEGATRON_LM            a git clone of https://github.com/NVIDIA/Megatron-LM   (default: none)
   PYTHON311, PYTHON312   the interpreters   (default: python3.11 and python3.12 on the PATH, or pyenv's)
   MATRIX_ENVS            where the environments are, as VERSION   (default: here, as .venv-VERSION)
 TEXT
@@ -45,6 +49,7 @@ source ci/environment.sh
 LOGS=$PWD/.cache/matrix
 TABLE=()
 BAD=0
+MEGATRON_LM_CLONE=${MEGATRON_LM:-}
 
 interpreter() { # MINOR: a command that starts this Python, or nothing
     local minor=$1 named command
@@ -61,13 +66,28 @@ interpreter() { # MINOR: a command that starts this Python, or nothing
     done
 }
 
+# Puts the sources of Megatron-LM at a release into a folder of their own, and prints its path; nothing without a clone.
+checkout() { # VERSION
+    local folder=$PWD/.cache/megatron-lm/$1
+    [ -n "$MEGATRON_LM_CLONE" ] || return 0
+    if ! git -C "$MEGATRON_LM_CLONE" rev-parse -q --verify "core_v$1" >/dev/null; then
+        echo "ci/matrix.sh: $MEGATRON_LM_CLONE has no tag core_v$1; its tests are skipped" >&2
+        return 0
+    fi
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    git -C "$MEGATRON_LM_CLONE" archive "core_v$1" megatron pretrain_gpt.py gpt_builders.py model_provider.py |
+        tar -x -C "$folder"
+    echo "$folder"
+}
+
 row() { # VERSION PYTHON TORCH RESULT
     TABLE+=("$(printf '%-14s %-8s %-14s %s' "$@")")
 }
 
 # A row of the table for one release. Called where `set -e` is off, so each failure is dealt with.
 run_release() {
-    local version=$1 minor=$2 log=$LOGS/$1.log start=$SECONDS torch
+    local version=$1 minor=$2 log=$LOGS/$1.log start=$SECONDS torch sources
     PYTHON=$(interpreter "$minor") || true
     if [ -z "$PYTHON" ]; then
         row "$version" "3.$minor" - "NOT RUN: no Python 3.$minor here; set PYTHON3$minor"
@@ -75,12 +95,14 @@ run_release() {
     fi
     VENV=${MATRIX_ENVS:+$MATRIX_ENVS/$version}
     VENV=${VENV:-.venv-$version}
-    if ! { make_environment && install_into_environment train,dev "megatron-core==$version"; }; then
+    if ! { make_environment && install_into_environment train,dev,megatron-lm "megatron-core==$version"; }; then
         row "$version" "3.$minor" - "NOT RUN: failed while $STEP, see above"
         return 1
     fi
     torch=$("$PY" -c 'from importlib.metadata import version; print(version("torch"))')
-    if "$PY" -m pytest -q -m "$MARKS" "${ARGUMENTS[@]}" </dev/null 2>&1 | tee "$log"; then
+    sources=$(checkout "$version")
+    # Megatron-LM's Makefile asks python3 for the flags of its helpers.
+    if MEGATRON_LM=$sources PATH=${PY%/*}:$PATH "$PY" -m pytest -q -m "$MARKS" "${ARGUMENTS[@]}" </dev/null 2>&1 | tee "$log"; then
         row "$version" "3.$minor" "$torch" "passed: $(closing_line "$log"), $((SECONDS - start)) s in all"
     else
         row "$version" "3.$minor" "$torch" "FAILED: $(closing_line "$log"), see ${log#"$PWD"/}"

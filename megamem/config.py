@@ -103,17 +103,21 @@ def load_config(
     return Config(plan=plan, **made)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser, default: object = None) -> argparse.ArgumentParser:
     """Add `--megamem FILE.yaml` and one flag per option, and return the parser, as Megatron's argument providers do.
 
-    Flags are kept as text and read by `config_from_args`, so that all mistakes are reported together.
+    Flags are kept as text and read by `config_from_args`, so that all mistakes are reported together. `default` is
+    that of every flag: `argparse.SUPPRESS` keeps those that are not given out of the namespace.
     """
     group = parser.add_argument_group("megamem", "Longer sequences on the same GPUs; single flags win over the file.")
-    group.add_argument("--megamem", metavar="FILE.yaml", help="configuration file with a megamem: block")
+    group.add_argument(
+        "--megamem", metavar="FILE.yaml", default=default, help="configuration file with a megamem: block"
+    )
     for name, section in _sections().items():
         for item in options_of(section):
             text = f"{item.help} (default: {item.default_text()})".replace("%", "%%")
-            group.add_argument(item.flag(name), metavar=item.kind.metavar, dest=_dest(name, item), help=text)
+            dest, metavar = _dest(name, item), item.kind.metavar
+            group.add_argument(item.flag(name), metavar=metavar, dest=dest, default=default, help=text)
     return parser
 
 

@@ -132,10 +132,10 @@ def examine() -> Report:
 
 def patches_ledger() -> str:
     """The text of `patches/README.md`."""
-    from megamem.patches import GROUPS
+    from megamem.patches import RECORDS
     from megamem.patches.registry import ledger
 
-    return ledger(GROUPS)
+    return ledger(RECORDS)
 
 
 def _is_fault(package: Package) -> bool:
@@ -208,15 +208,27 @@ def _torch_fault() -> str:
 
 
 def _patches() -> list[PatchState]:
-    from megamem.patches import GROUPS
+    from megamem.patches import RECORDS
     from megamem.patches.registry import inspect_patch
 
     return [
         PatchState(capability=capability, target=patch.target, state=found.state, detail=found.detail)
-        for capability, patches in GROUPS.items()
+        for capability, patches in RECORDS.items()
         for patch in patches
+        if not _is_absent(patch.module)
         for found in [inspect_patch(patch)]
     ]
+
+
+def _is_absent(module: str) -> bool:
+    """Whether a module is of a trainer that is not installed here; Megatron-Core itself is always asked for."""
+    package = ".".join(module.split(".")[:2])
+    if package == "megatron.core":
+        return False
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:
+        return True
 
 
 def _machine(torch_fault: str) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ by every rank alike; what the script's own parser does with them does not matter
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,29 +32,34 @@ def split_flags(argv: Sequence[str]) -> tuple[Request, list[str]]:
     A `megamem:` block in the YAML file of Megatron-LM's `--yaml-cfg` counts as `--megamem FILE`.
     Raises ConfigError with every mistake.
     """
-    parser = add_arguments(argparse.ArgumentParser(prog="megamem", add_help=False, allow_abbrev=False))
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    ours: list[str] = []
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
+    places = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    values: dict[str, str] = {}
     rest: list[str] = []
+    problems: list[str] = []
     words = iter(argv)
     for word in words:
-        flag, _, value = word.partition("=")
-        if flag == "--":
+        flag, has_value, value = word.partition("=")
+        if word == "--":
             rest += [word, *words]
         elif flag != "--megamem" and not flag.startswith("--megamem-"):
             rest.append(word)
-        elif flag not in known:
-            raise ConfigError(f"{flag}: unknown flag; {suggestion(flag, known)}")
+        elif flag not in places:
+            problems.append(f"{flag}: unknown flag; {suggestion(flag, places)}")
+        elif not has_value and (value := next(words, "--")).startswith("--"):
+            problems.append(f"{flag}: has no value; write {flag} VALUE")
         else:
-            ours += [word] if value or word != flag else [word, *itertools.islice(words, 1)]
-    return request_of(parser.parse_args(ours), _yaml_config(rest)), rest
+            values[places[flag]] = value
+    if problems:
+        raise ConfigError(problems)
+    return request_of(argparse.Namespace(**values), _yaml_config(rest)), rest
 
 
 def request_of(namespace: argparse.Namespace, trainer_yaml: Path | None = None) -> Request:
     """The request in parsed flags, and in the trainer's own YAML file if that has a `megamem:` block."""
     given = {key: value for key, value in vars(namespace).items() if key.startswith("megamem") and value is not None}
-    file = None if namespace.megamem is None else Path(namespace.megamem)
-    if trainer_yaml is not None and (block := find_block(trainer_yaml)) is not None:
+    file = Path(given["megamem"]) if "megamem" in given else None
+    if trainer_yaml is not None and find_block(trainer_yaml) is not None:
         if file is not None:
             raise ConfigError(
                 f"--megamem {file} and the megamem: block in --yaml-cfg {trainer_yaml} are two answers to one "

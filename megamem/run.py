@@ -12,15 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megamem.config import add_arguments
-from megamem.errors import ConfigError, MissingPackage
+from megamem.errors import ConfigError, MegamemError, MissingPackage
 from megamem.flags import Request, split_flags
 from megamem.integrations.door import Door, rank_of
 
 EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --megamem megamem.yaml <Megatron-LM's flags>
   torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --megamem-activations-policy memo ...
-  torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --yaml-cfg run.yaml     (with a megamem: block in run.yaml)
-  torchrun --nproc-per-node 2 -m megamem run --cpu pretrain_gpt.py --distributed-backend gloo --transformer-impl local ...
+  torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --yaml-cfg run.yaml    (it may have a megamem: block)
+  torchrun --nproc-per-node 2 -m megamem run --cpu pretrain_gpt.py --distributed-backend gloo ...
 
 SCRIPT is any program that trains with Megatron-Core: Megatron-LM's pretrain_gpt.py from an unmodified checkout, a
 Megatron-Bridge script, your own. The --megamem flags may stand before or behind it; it never sees them. megamem is
@@ -51,10 +51,16 @@ def run_script(options: argparse.Namespace) -> int:
     """Run the script as `__main__`. What it raises, SystemExit included, goes on to the caller."""
     script = Path(options.script)
     typed = [word for key, value in vars(options).items() for word in _typed(key, value)]
-    request, arguments = split_flags([*typed, *options.arguments])
-    _check(script, arguments)
-    sys.path[0] = str(script.resolve().parent)  # as `python script` does; a checkout's own megatron is found from here
-    _check_packages()
+    try:
+        request, arguments = split_flags([*typed, *options.arguments])
+        _check(script, arguments)
+        # As `python script` does; a checkout's own megatron is found from here.
+        sys.path[0] = str(script.resolve().parent)
+        _check_packages()
+    except MegamemError:
+        if rank_of(os.environ) in (None, 0):
+            raise
+        return 2  # all ranks see the same; one of them says so
     sys.argv = [str(script), *arguments]
     with _rig(options.cpu):
         _run(script, request)
@@ -120,5 +126,3 @@ def _rig(on_cpu: bool) -> Iterator[None]:
 
     with cpu_rig(), unblock_trainers():
         yield
-
-

@@ -40,3 +40,6 @@ TRAINER_PLACEMENTS: Mapping[str, tuple[Patch, ...]] = {
 }
 """What a V placement needs besides, of trainers that build models and data by themselves; applied where the trainer is
 loaded."""
+
+RECORDS: Mapping[str, tuple[Patch, ...]] = {**GROUPS, **DOORS, **TRAINER_PLACEMENTS}
+"""All of them."""

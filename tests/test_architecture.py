@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Single modules that every room may use: what the user asked for, and what goes wrong.
-CONFIG = {"config", "sections", "options", "table", "yamlfile", "host", "planfile"}
+CONFIG = {"config", "sections", "options", "table", "yamlfile", "host", "planfile", "flags"}
 LEAVES = {"errors", *CONFIG}
 
 ALLOWED: dict[str, set[str]] = {
@@ -38,13 +38,16 @@ ALLOWED: dict[str, set[str]] = {
     "patches": {"errors", "runtime"},
     "report": LEAVES | {"ir"},
     "testing": LEAVES | {"ir", "runtime", "patches", "integrations"},  # a rig around everything; nothing imports it
-    "integrations": LEAVES | {"ir", "native", "planner", "profiler", "kernels", "runtime", "patches", "report"},
+    "integrations": LEAVES
+    | {"__init__", "ir", "native", "planner", "profiler", "kernels", "runtime", "patches", "report"},
     "doctor": LEAVES | {"__init__", "patches", "integrations"},
     "simulate": LEAVES | {"ir", "planner", "report"},
     "solve": LEAVES | {"ir", "planner", "report"},
     "profile": LEAVES | {"ir", "integrations", "testing"},  # testing: the rig on which Megatron runs without a GPU
+    "run": LEAVES | {"integrations", "testing"},  # testing: the rig, for --cpu
     "cli": LEAVES
-    | {"__init__", "ir", "planner", "profiler", "report", "doctor", "simulate", "solve", "profile", "integrations"},
+    | {"__init__", "ir", "planner", "profiler", "report", "integrations"}
+    | {"doctor", "simulate", "solve", "profile", "run"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"integrations", "runtime"},  # runtime: the type of one argument of `enable`
 }
@@ -61,6 +64,7 @@ STARTS_FAST = {
     "simulate",
     "solve",
     "profile",
+    "run",
     "cli",
     "__main__",
     "__init__",

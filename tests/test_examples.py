@@ -33,12 +33,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **base, **more}
 
 
-def run(ranks: int, *flags: object, status: int = 0) -> str:
-    """Run the main job; its output. Fails with that output unless it ends with `status`."""
+def run(ranks: int, *flags: object, status: int = 0, through: tuple[str, ...] = ()) -> str:
+    """Run the main job, `through` another command; its output. Fails with that output unless it ends with `status`."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, SCRIPT, *map(str, flags)]
+    command = [*launcher, *through, SCRIPT, *map(str, flags)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG, check=False)
     output = done.stdout + done.stderr
     assert done.returncode == status, output[-4000:]
@@ -109,6 +109,15 @@ class TestMainJob:
         assert "resumed from iteration 3" in output
         assert "swapped to host memory" in output
         assert records(folder / "resumed.jsonl") == {number: reference[0][number] for number in (4, 5, 6)}
+
+    def test_under_megamem_run_it_knows_of_no_flag_and_trains_to_the_same_bits(
+        self, folder: Path, small: list[object], reference: tuple[dict[int, dict[str, Any]], str]
+    ) -> None:
+        on = ["--megamem-activations-policy", "memo", "--megamem-activations-keep-last-layers", 0]
+        log = ["--eval-interval", 3, "--log-json", folder / "under_run.jsonl"]
+        output = run(2, *small, *REFERENCE, *log, *on, through=("-m", "megamem", "run"))
+        assert "what it did on rank 0" in output and "swapped to host memory" in output
+        assert records(folder / "under_run.jsonl") == reference[0]
 
     def test_checkpoint_of_another_model_is_refused_by_name(
         self, folder: Path, small: list[object], reference: tuple[dict[int, dict[str, Any]], str]

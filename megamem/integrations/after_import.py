@@ -20,9 +20,11 @@ class AfterImport(MetaPathFinder):
     """Calls each of `actions`, keyed by module, once: now where the module is there already, else when it is imported.
 
     What an action raises comes out of the import statement. `close()` forgets the actions that are still waiting.
+    `owner` is who waits, for those who look for it in `sys.meta_path`.
     """
 
-    def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
+    def __init__(self, actions: Mapping[str, Callable[[], None]], owner: object = None) -> None:
+        self.owner = owner
         self._waiting = {name: action for name, action in actions.items() if name not in sys.modules}
         sys.meta_path.insert(0, self)
         try:
@@ -38,9 +40,7 @@ class AfterImport(MetaPathFinder):
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The module's own spec, with a loader that calls the action; None for modules that nothing waits for."""
         action = self._waiting.pop(name, None)
         if action is None:

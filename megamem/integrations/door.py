@@ -10,6 +10,7 @@ Torch is not imported before the script imports it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from megamem.integrations.megatron_core import Handle
     from megamem.patches.registry import Applied
 
+
 class Door(AbstractDoor):
     """Switches `request` on in the script that runs in this process, and off again."""
 
@@ -43,7 +45,13 @@ class Door(AbstractDoor):
         for patches in DOORS.values():
             for patch in patches:
                 by_module.setdefault(patch.module, []).append(patch.bound(self))
-        self._imports = AfterImport({name: self._applier(found) for name, found in by_module.items()})
+        actions = {name: self._applier(found) for name, found in by_module.items()}
+        self._imports = AfterImport(actions, owner=self)
+
+    @staticmethod
+    def is_open() -> bool:
+        """Whether a door is open in this process."""
+        return any(isinstance(getattr(finder, "owner", None), Door) for finder in sys.meta_path)
 
     def _applier(self, patches: list[Patch]) -> Callable[[], None]:
         return lambda: self._applied.append(apply(patches))
@@ -61,7 +69,7 @@ class Door(AbstractDoor):
         self._switch_off()
 
     def add_flags(self, parser: Any) -> Any:
-        add_arguments(parser)
+        add_arguments(parser, default=argparse.SUPPRESS)
         parser.set_defaults(**self.request.values)  # so that the trainer's dump of arguments shows them
         return parser
 

@@ -100,7 +100,7 @@ def enable(
     if torch.distributed.get_rank() == 0:
         where = str(config) if isinstance(config, str | Path) else "megamem.enable"
         implied = origins_in(loaded, f"schedule.name: {loaded.schedule.name}")
-        print(session.table(implied | (origins or origins_in(asked, where))), flush=True)
+        print(session.table({**implied, **(origins or origins_in(asked, where))}), flush=True)
     return Handle(loaded, session, applied)
 
 

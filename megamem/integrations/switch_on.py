@@ -11,7 +11,6 @@ from megatron.core import parallel_state
 from megamem import __version__
 from megamem.config import Config
 from megamem.integrations.capability import Capability
-from megamem.integrations.megatron_schedule import MegatronSchedule
 from megamem.integrations.report import mib
 from megamem.patches.registry import installed_version
 from megamem.planner.schedules.plan import PlannedSchedule
@@ -37,13 +36,32 @@ def switch_on_table(
         expected["activations"] = f"up to {mib(host_nbytes)} of host memory a rank"
     if planned is not None:
         expected["schedule"] = _expected(planned, in_bytes=config.schedule.costs != "none")
+    reasons = _reasons(config)
     rows = [_HEAD]
     for name in config.enabled:
         for index, (key, value) in enumerate(getattr(config, name).given().items()):
-            first = index == 0
-            why = origins.get(f"{name}.{key}", "enable")
-            rows.append((name if first else "", f"{key}: {value}", why, expected.get(name, "") if first else ""))
-    return "\n".join([_headline(), *_aligned(rows)])
+            first, option = index == 0, f"{name}.{key}"
+            why = reasons.get(option) or origins.get(option, "")
+            shown = str(value).lower() if isinstance(value, bool) else value
+            rows.append((name if first else "", f"{key}: {shown}", why, expected.get(name, "") if first else ""))
+    return "\n".join([_headline(), *_aligned(rows), *_predicted(config)])
+
+
+def _reasons(config: Config) -> dict[str, str]:
+    """Why a plan sets an option as it does, by option."""
+    predicted = config.plan.predicted if config.plan is not None else None
+    return {} if predicted is None else {row.subject: row.reason for row in predicted.decisions}
+
+
+def _predicted(config: Config) -> list[str]:
+    """What a plan says of the whole step, in a line."""
+    plan = config.plan
+    if plan is None or plan.predicted is None:
+        return []
+    if not plan.predicts(config.settings()):
+        return ["  The settings are not those that were planned; what the plan predicts does not hold for them."]
+    peak, milliseconds = plan.predicted.peak_memory, 1e3 * plan.predicted.step_seconds
+    return [f"  The plan predicts {mib(peak)} on the fullest rank and {milliseconds:,.0f} ms a step."]
 
 
 def _expected(planned: PlannedSchedule, *, in_bytes: bool) -> str:
@@ -77,4 +95,6 @@ def _headline() -> str:
 def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -159,6 +159,10 @@ class FusedLoss(Capability, AbstractLoss):
     def patches(self) -> list[Patch]:
         return [patch.bound(self) for patch in GROUPS["vocabulary.loss"]]
 
+    def expected(self) -> str:
+        chunk = self.options.loss_chunk
+        return f"logits of {'a chunk of the' if chunk == 'auto' else chunk} words at a time"
+
     def is_live(self) -> bool | None:
         return True if self.num_losses else None
 

@@ -1,19 +1,23 @@
 """What stops the trainers Megatron-LM and Megatron-Bridge on a machine without CUDA, taken out of their way.
 
-Their demand for CUDA, and their compilation of helpers at start (the wheels bring them compiled, without the Makefile
-that would be called); on Python 3.11 Megatron-LM's import of `typing.override`; Bridge's import of Transformer Engine
-where it wants nothing but names (0.3's adapters). Each is mended when the script imports the trainer.
+Their demand for CUDA, and what they compile at start: CUDA kernels never, the data set's helpers only where they are
+not there (wheels bring them compiled, without the Makefile that would be called); on Python 3.11 Megatron-LM's import
+of `typing.override`; Bridge's import of Transformer Engine where it wants nothing but names (0.3's adapters). Each is
+mended when the script imports the trainer.
 """
 
 import builtins
 import contextlib
 import functools
+import importlib.util
 import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+
+import torch.distributed as dist
 
 from megamem.integrations.after_import import AfterImport
 from megamem.testing._undo import Ledger
@@ -43,12 +47,27 @@ def _unblock(ledger: Ledger, name: str) -> None:
     real = module.initialize_megatron
     if "allow_no_cuda" in inspect.signature(real).parameters:
         ledger.set(module, "initialize_megatron", functools.partial(real, allow_no_cuda=True))
-    for compilation in ("_compile_dependencies", "compile_helpers"):
-        ledger.set_existing(module, compilation, lambda: None)
+    ledger.set_existing(module, "_compile_dependencies", _compile_dependencies)
+    ledger.set_existing(module, "compile_helpers", _compile_helpers)
+
+
+def _compile_helpers() -> None:
+    """The data set's helpers, where they are missing; Bridge has one rank of each host call it."""
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        from megatron.core.datasets.utils import compile_helpers
+
+        compile_helpers()
+
+
+def _compile_dependencies() -> None:
+    """Megatron-LM has every rank call it."""
+    if dist.get_rank() == 0:
+        _compile_helpers()
+    dist.barrier()
 
 
 def _with_engine_for_adapters(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`import`, which gives Bridge's adapters an empty Transformer Engine; anybody else would believe that it is there."""
+    """`import`, with an empty Transformer Engine for Bridge's adapters; others would believe that it is there."""
 
     def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         asks = level == 0 and name.partition(".")[0] == "transformer_engine" and globals

@@ -1,4 +1,4 @@
-"""Patches of `megatron.training.models.gpt` (Megatron-LM since 0.19, and Megatron-Bridge's models made by a builder)."""
+"""Patches of `megatron.training.models.gpt` (Megatron-LM since 0.19)."""
 
 from __future__ import annotations
 
