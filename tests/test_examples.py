@@ -110,14 +110,12 @@ class TestMainJob:
         assert "swapped to host memory" in output
         assert records(folder / "resumed.jsonl") == {number: reference[0][number] for number in (4, 5, 6)}
 
-    def test_under_megamem_run_it_knows_of_no_flag_and_trains_to_the_same_bits(
-        self, folder: Path, small: list[object], reference: tuple[dict[int, dict[str, Any]], str]
-    ) -> None:
-        on = ["--megamem-activations-policy", "memo", "--megamem-activations-keep-last-layers", 0]
-        log = ["--eval-interval", 3, "--log-json", folder / "under_run.jsonl"]
-        output = run(2, *small, *REFERENCE, *log, *on, through=("-m", "megamem", "run"))
-        assert "what it did on rank 0" in output and "swapped to host memory" in output
-        assert records(folder / "under_run.jsonl") == reference[0]
+    def test_under_megamem_run_it_sees_no_flag_and_a_v_placement_needs_nothing_of_it(self, small: list[object]) -> None:
+        stages = ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2, "--num-layers", 4]
+        on = ["--megamem-schedule-name", "v-half", "--megamem-vocabulary-fused-loss", "true"]
+        output = run(2, *small, *stages, "--train-iters", 2, *on, through=("-m", "megamem", "run"))
+        assert "name: v-half" in output and "fused_loss: true" in output and "stock 2/2 | loss" in output
+        assert "what it did on rank 0" in output and "2 ranks x 2 chunks (v), 4 microbatches" in output
 
     def test_checkpoint_of_another_model_is_refused_by_name(
         self, folder: Path, small: list[object], reference: tuple[dict[int, dict[str, Any]], str]

@@ -24,13 +24,13 @@ pytestmark = pytest.mark.megatron
 Dist = Callable[[int], Callable[..., list[Any]]]
 
 
-def printed(config: Any, layout: dict[str, int] = {}) -> list[str]:
+def printed(config: Any, pp: int = 1, vpp: int | None = None) -> list[str]:
     """What `enable` prints on this rank, line by line, without repeated spaces."""
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
     import megamem
 
-    start_case(**layout)
+    start_case(pp=pp, vpp=vpp)
     init_num_microbatches_calculator(0, None, 4, 1, 1)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -40,7 +40,7 @@ def printed(config: Any, layout: dict[str, int] = {}) -> list[str]:
 
 def test_rank_0_says_what_is_on(dist: Dist) -> None:
     config = Config(schedule=Scheduling(name="po-h"), vocabulary=Vocabulary(fused_loss=True, loss_chunk=4096))
-    first, second = dist(2)(printed, config, {"pp": 2, "vpp": 2})
+    first, second = dist(2)(printed, config, 2, 2)
     assert second == []
     assert first[0].startswith(f"megamem {__version__} is on, with megatron-core ")
     assert first[0].endswith("on 2 ranks (pipeline 2)")
