@@ -7,6 +7,7 @@ not be swapped out, so the limit is what counts. Standard library only; Linux fi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -118,3 +119,9 @@ def _rounded(nbytes: int) -> str:
         if nbytes >= 10 << shift:
             return Bytes().plain(nbytes >> shift << shift)
     return Bytes().plain(nbytes)
+
+
+def rank_of(environment: Mapping[str, str]) -> int | None:
+    """This process's rank by the variables of torchrun, Slurm and MPI launchers; None where none started it."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)

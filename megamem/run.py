@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from pathlib import Path
 from megamem.config import add_arguments
 from megamem.errors import ConfigError, MegamemError, MissingPackage
 from megamem.flags import Request, split_flags
-from megamem.integrations.door import Door, rank_of
+from megamem.host import rank_of
 
 EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --megamem megamem.yaml <Megatron-LM's flags>
@@ -74,6 +73,10 @@ def _typed(key: str, value: object) -> list[str]:
 
 
 def _run(script: Path, request: Request) -> None:
+    import runpy
+
+    from megamem.integrations.door import Door
+
     door = Door(request)
     door.open()
     try:

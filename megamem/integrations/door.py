@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megamem.config import add_arguments
 from megamem.errors import NotLiveError
 from megamem.flags import Request
+from megamem.host import rank_of
 from megamem.integrations.after_import import AfterImport
 from megamem.patches import DOORS
 from megamem.patches.registry import Patch, apply
@@ -112,9 +113,3 @@ def is_main_rank() -> bool:
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(dist.get_rank()) == 0
     return rank_of(os.environ) in (None, 0)
-
-
-def rank_of(environment: Mapping[str, str]) -> int | None:
-    """This process's rank by the variables of torchrun, Slurm and MPI launchers; None where none started it."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)
