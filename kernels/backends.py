@@ -37,3 +37,12 @@ def implementation(package: str, backend: Backend | None, device: torch.device) 
     Raises as `takes_triton` does.
     """
     return import_module(".triton" if takes_triton(backend, device) else ".reference", package)
+
+
+def node_of(output: torch.Tensor) -> Any:
+    """The node of the autograd graph that made a tensor: of an operation of ours, or of what the tensor is a view of.
+
+    To autograd it is the operation's context, with what it saved.
+    """
+    node: Any = output.grad_fn
+    return node if hasattr(node, "operations") else node.next_functions[0][0]

@@ -20,7 +20,17 @@ from megamem.errors import ConfigError
 from megamem.ir.plan import PARTS, Plan
 from megamem.options import Option, options_of, parse_values, suggestion
 from megamem.planfile import read_plan
-from megamem.sections import OFF, SCHEDULES, Activations, Allocator, Scheduling, Section, Vocabulary, word
+from megamem.sections import (
+    OFF,
+    SCHEDULES,
+    Activations,
+    Allocator,
+    LowPrecision,
+    Scheduling,
+    Section,
+    Vocabulary,
+    word,
+)
 from megamem.table import TableRow
 from megamem.yamlfile import read_block
 
@@ -32,6 +42,7 @@ __all__ = [
     "Activations",
     "Allocator",
     "Config",
+    "LowPrecision",
     "Scheduling",
     "TableRow",
     "Vocabulary",
@@ -54,6 +65,7 @@ class Config:
     schedule: Scheduling = field(default_factory=Scheduling)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     allocator: Allocator = field(default_factory=Allocator)
+    fp8: LowPrecision = field(default_factory=LowPrecision)
     plan: Plan | None = None
 
     @property

@@ -277,6 +277,43 @@ class Vocabulary(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowPrecision(Section):
+    """What norms and activation functions save for the backward pass, in 8 bits or not at all."""
+
+    NAME: ClassVar[str] = "fp8"
+    KEY: ClassVar[str] = "saved_activations"
+    READERS: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("format", "group", "power_of_two_scales"), ("mlp", "all")
+    )
+
+    saved_activations: Literal["off", "rebuild", "mlp", "all"] = option(
+        Choice(("off", "rebuild", "mlp", "all")),
+        "off",
+        "rebuild: outputs of norms and activation functions are not kept, but made again in the backward pass, from "
+        "the same inputs. mlp: besides, inputs of activation functions (the output of fc1) are kept in 8 bits. all: "
+        "inputs of norms too. The forward pass is exact; gradients carry the error of the 8 bits.",
+    )
+    format: Literal["e4m3", "int8", "e5m2"] = option(
+        Choice(("e4m3", "int8", "e5m2")),
+        "e4m3",
+        "e4m3: error 2.6 %, whatever the spread of values. int8: less where values are of one size, more where a few "
+        "are large. e5m2: twice the error of e4m3.",
+    )
+    group: int = option(Count(least=1), 128, "Neighbouring channels that share a scale of 4 bytes. At most 4096.")
+    power_of_two_scales: bool = option(
+        Switch(), False, "Round scales up to powers of two, so that scaling itself is exact; a little more error."
+    )
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
+        """As for every section; and no group is larger than the kernels take."""
+        problems = super().contradictions(values, given)
+        if values.get("group", 1) > 4096:
+            problems.append(f"fp8.group: {values['group']} is more than 4096; give 32 to 256")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
 class Allocator(Section):
     """An exact plan for the memory of a training step, and an arena that keeps to it."""
 

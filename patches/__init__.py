@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megamem.patches.megatron_core import (
     finalize_model_grads,
+    fusions,
     gpt_model,
     language_module,
     layers,
@@ -21,6 +22,8 @@ GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "activations": (*transformer_layer.PATCHES, *schedules.PATCHES),
     "activations.layers": transformer_layer.PATCHES,
     "schedule": (*schedules.PATCHES, *layers.PATCHES),
+    "fp8": (*transformer_layer.PATCHES, *schedules.PATCHES),
+    "fp8.activations": fusions.PATCHES,
     "vocabulary": schedules.PATCHES,
     "allocator": schedules.PATCHES,
     "vocabulary.loss": (*gpt_model.LOSS_PATCHES, *language_module.LOSS_PATCHES),

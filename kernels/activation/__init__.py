@@ -1,6 +1,6 @@
 """Fused activation functions that save their input in 8 bits, or as it is, and never their output.
 
-    from megamem.kernels.activation import Activation, activate, rebuild_
+    from megamem.kernels.activation import Activation, activate, rebuilder
     from megamem.kernels.block_codec import BlockFormat
 
     output = activate(input, Activation(function="silu"), format=BlockFormat())     # SwiGLU
@@ -10,8 +10,8 @@ the differentiable whole. With a format the forward pass is exact and the backwa
 SwiGLU's gradient is off by 2.5 % in E4M3, whatever the scale of its input. That is the error of single elements; it has
 no direction, so the next sum over tokens averages over it.
 
-`rebuild_` makes the output again, from what was saved. So whoever consumed the output (the second linear layer of an
-MLP) need not keep it either: `megamem.runtime.discard` gives its memory back until the backward pass.
+`rebuilder` has the output made again, from what was saved. So whoever consumed the output (the second linear layer of
+an MLP) need not keep it either: `megamem.runtime.discard` gives its memory back until the backward pass.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 
 from ..backends import Backend
 from ..block_codec import BlockFormat, check_values
-from .autograd import ActivationFunction, rebuild_
+from .autograd import ActivationFunction, rebuilder
 from .spec import FUNCTIONS, Activation, Function
 
-__all__ = ["FUNCTIONS", "Activation", "Function", "activate", "rebuild_"]
+__all__ = ["FUNCTIONS", "Activation", "Function", "activate", "rebuilder"]
 
 
 def activate(

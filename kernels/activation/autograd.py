@@ -10,11 +10,13 @@ and nothing here is a saved-tensor hook, of which only the innermost pair sees a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..backends import Backend, implementation
+from ..backends import Backend, implementation, node_of
 from ..block_codec import BlockFormat, from_saved, to_saved
 from .spec import Activation
 
@@ -59,10 +61,19 @@ class ActivationFunction(torch.autograd.Function):
         return input_gradient_THF, bias_gradient_HF, weights_gradient_T1, None, None, None
 
 
-def rebuild_(node: Any, output: torch.Tensor) -> None:
-    """Write the output of the call whose `grad_fn` is `node` to `output` [T, F] once more, from what it saved."""
+def rebuilder(output: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """What writes `output`, which `activate` has made and which requires grad, to a tensor like it once more.
+
+    It holds what was saved, and not the output.
+    """
+    return partial(_rebuild, node_of(output))
+
+
+def _rebuild(node: Any, output: torch.Tensor) -> None:
+    if not output.numel():
+        return
     with torch.no_grad():
-        node.operations.rebuild_(output, *_saved(node), node.activation, node.format)
+        node.operations.rebuild_(output.view(-1, output.shape[-1]), *_saved(node), node.activation, node.format)
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:

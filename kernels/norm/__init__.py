@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm that save their input in 8 bits, or as it is, and never their output.
 
-    from megamem.kernels.norm import normalise, rebuild_
+    from megamem.kernels.norm import normalise, rebuilder
 
     output = normalise(input, weight, eps=1e-5, format=BlockFormat())                       # RMSNorm
     output = normalise(input, weight, bias, eps=1e-5, centred=True)                         # LayerNorm
@@ -8,7 +8,7 @@
 `reference` is the definition, in plain PyTorch, `triton` the kernels, `autograd` the differentiable whole. With a
 format the forward pass is exact, and so are the statistics; the backward pass works on the decoded input.
 
-`rebuild_` makes the output again, from what was saved, for a linear layer that does not keep it; see
+`rebuilder` has the output made again, from what was saved, for a linear layer that does not keep it; see
 `megamem.runtime.discard`.
 """
 
@@ -18,9 +18,12 @@ import torch
 
 from ..backends import Backend, takes_triton
 from ..block_codec import BlockFormat, check_values
-from .autograd import NormFunction, rebuild_
+from .autograd import NormFunction, rebuilder
 
-__all__ = ["normalise", "rebuild_"]
+__all__ = ["MAX_WIDTH", "normalise", "rebuilder"]
+
+MAX_WIDTH = 16384
+"""The widest row that the Triton kernels take: what the registers of one block hold."""
 
 
 def normalise(
@@ -51,11 +54,8 @@ def normalise(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and (parameter.shape != (width,) or not parameter.is_floating_point()):
             raise ValueError(f"{name} is [{width}], as the input is {list(input.shape)}; not {list(parameter.shape)}")
-    if takes_triton(backend, input.device):
-        from .triton import MAX_WIDTH
-
-        if width > MAX_WIDTH:
-            raise ValueError(f"a row has {width} elements; at most {MAX_WIDTH} with Triton, or take backend='torch'")
+    if width > MAX_WIDTH and takes_triton(backend, input.device):
+        raise ValueError(f"a row has {width} elements; at most {MAX_WIDTH} with Triton, or take backend='torch'")
     if input.numel() and input.stride(-1) != 1:
         input = input.contiguous()
     input_TD = input.reshape(-1, width) if input.numel() else input.reshape(0, width)

@@ -6,11 +6,13 @@ What is saved are the input, as it is or in 8 bits, weight and bias, and one or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..backends import Backend, implementation
+from ..backends import Backend, implementation, node_of
 from ..block_codec import BlockFormat, from_saved, to_saved
 
 
@@ -51,11 +53,20 @@ class NormFunction(torch.autograd.Function):
         return input_gradient_TD, weight_gradient_D, bias_gradient_D, None, None, None, None
 
 
-def rebuild_(node: Any, output: torch.Tensor) -> None:
-    """Write the output of the call whose `grad_fn` is `node` to `output` [T, D] once more, from what it saved."""
-    source, mean_T, rstd_T, weight_D, bias_D = _saved(node)
+def rebuilder(output: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """What writes `output`, which `normalise` has made and which requires grad, to a tensor like it once more.
+
+    It holds what was saved, and not the output.
+    """
+    return partial(_rebuild, node_of(output))
+
+
+def _rebuild(node: Any, output: torch.Tensor) -> None:
+    if not output.numel():
+        return
     with torch.no_grad():
-        node.operations.rebuild_(output, source, mean_T, rstd_T, weight_D, bias_D, node.format)
+        source, *rest = _saved(node)
+        node.operations.rebuild_(output.view(-1, output.shape[-1]), source, *rest, node.format)
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:

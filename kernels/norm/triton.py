@@ -19,7 +19,6 @@ from ..block_codec import BlockFormat, Quantised
 from ..block_codec.triton import decode, encode_groups, needs_soft, tile_of_columns
 from .reference import Source
 
-MAX_WIDTH = 16384  # elements of a row: what the registers of one block hold
 _SUMMED_WIDTH = 8192  # up to which the backward pass has registers for a row and the sums over rows
 _SUMS_WIDTH = 2048  # columns of a program that only sums
 _MOST_PARTS = 512  # programs of the backward pass: a few for each multiprocessor

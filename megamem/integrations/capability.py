@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -51,6 +52,14 @@ class Capability(ABC):
 
     def on_layer_built(self, layer: Module) -> None:  # noqa: B027 - most need none
         """A transformer layer was constructed. Raises UnsupportedError where it does not go with the capability."""
+
+    def around_layer(self, layer: Module) -> AbstractContextManager[None] | None:
+        """What surrounds a transformer layer while it runs forward, and while it is replayed; None: nothing.
+
+        Called only where the patches of layers are among the capability's group.
+        """
+        del layer
+        return None
 
     def problems(self, chunks: Sequence[Module]) -> list[str]:
         """Before the first step: why the model chunks of this rank do not go with it; empty where they do."""

@@ -16,8 +16,8 @@ import os
 import secrets
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, p
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
 from megamem.integrations.plan_check import check_layout, check_model
 from megamem.integrations.report import ActivationReport, Report
+from megamem.integrations.saved_activations import SavedActivations
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
 from megamem.integrations.switch_on import switch_on_table
 from megamem.integrations.vocabulary import FusedLoss
@@ -57,6 +58,7 @@ _LOG = logging.getLogger("megamem")
 CAPABILITIES: Mapping[str, Callable[[Config], Capability]] = {
     "vocabulary": lambda config: FusedLoss(config.vocabulary),
     "allocator": lambda config: PlannedMemory(config.allocator),
+    "fp8": lambda config: SavedActivations(config.fp8),
 }
 """What makes the capability of a section that is switched on; `activations` and `schedule` are the session's own."""
 
@@ -147,6 +149,7 @@ class Session(AbstractSession):
         self._num_built = 0
         self._has_begun = self._has_trained = False
         self._planned = planned
+        self.meter: MeterSession | None = None
         self.undo: list[Callable[[], None]] = []
 
     def table(self, origins: Mapping[str, str]) -> str:
@@ -161,7 +164,8 @@ class Session(AbstractSession):
 
     def on_layer_built(self, layer: Module) -> None:
         self._num_built += 1
-        check_layer(layer, self.config)
+        if self.config.activations.is_on:
+            check_layer(layer, self.config)
         for capability in self.capabilities:
             capability.on_layer_built(layer)
         if self.config.activations.experts == "recompute" and compat.is_moe_layer(layer):
@@ -170,13 +174,27 @@ class Session(AbstractSession):
     def run_layer(
         self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        with self.around_layer(layer):
+            if self.config.activations.is_on:
+                return self._run_in_engine(layer, UnpatchedForward(forward, layer), args, kwargs)
+            if self.meter is not None and torch.is_grad_enabled():
+                return self.meter.run_layer(layer, forward, args, kwargs)
+            return forward(layer, *args, **kwargs)
+
+    def around_layer(self, layer: Module) -> AbstractContextManager[None]:
+        """What the capabilities do while a layer runs, in a step or once more in a replay."""
+        contexts = [context for item in self.capabilities if (context := item.around_layer(layer)) is not None]
+        return contexts[0] if len(contexts) == 1 else _nested(contexts)
+
+    def _run_in_engine(
+        self, layer: Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         known = self._layers.get(layer)
         if known is None:
             check_layer(layer, self.config)
-            known = self._layers[layer] = MegatronLayer(layer)
+            known = self._layers[layer] = MegatronLayer(layer, self.around_layer)
         if self.engine is None:
             self.engine = self._build_engine(layer, known.hidden(args, kwargs))
-        call = UnpatchedForward(forward, layer)
         if self.schedule is None or not self.schedule.offloads:
             return self.engine.forward(known, call, args, kwargs)
         self.engine.mark = leaving = self.schedule.leaving
@@ -256,7 +274,7 @@ class Session(AbstractSession):
 
     def _build_engine(self, layer: Any, hidden: torch.Tensor) -> ActivationEngine:
         options = self.config.activations
-        plan = plan_activations(options, layer.config.num_layers)
+        plan = plan_activations(options, layer.config.num_layers, self.config.fp8)
         device = self._device or _device_of(hidden)
         engine = ActivationEngine(plan, device, self.host_nbytes, verify=options.verify)
         if self.schedule is not None:
@@ -328,8 +346,10 @@ class Handle:
             return layers
         if not self.config.activations.is_on:
             layers = ActivationMeter()
-            applied = apply(patch.bound(MeterSession(layers)) for patch in GROUPS["activations.layers"])
-            self._session.undo.append(applied.revert)
+            self._session.meter = MeterSession(layers)
+            if not self.config.fp8.is_on:  # whose patches bring layers to the session
+                applied = apply(patch.bound(self._session.meter) for patch in GROUPS["activations.layers"])
+                self._session.undo.append(applied.revert)
         if self._session.schedule is None:
             return layers
         meter = ScheduleMeter(layers, self._session.schedule.queue)
@@ -354,6 +374,14 @@ class Handle:
         self.disable()
 
 
+@contextmanager
+def _nested(contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
 def _device_of(hidden: torch.Tensor) -> AbstractDevice:
     if hidden.device.type == "cuda":
         from megamem.runtime.activations.streams_cuda import CudaDevice
@@ -371,7 +399,7 @@ def check_layer(layer: Any, config: Config) -> None:
 
 def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
     options = config.activations
-    plan = plan_activations(options, model.num_layers)
+    plan = plan_activations(options, model.num_layers, config.fp8)
     problems = []
     if compat.uses_cuda_graphs(model):
         problems.append("CUDA graphs replay a layer without calling Python; set cuda_graph_impl to none")

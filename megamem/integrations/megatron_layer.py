@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -32,7 +32,9 @@ class MegatronLayer(AbstractLayer):
     column-parallel layers return holds the shards of all tensor-parallel ranks one behind the other.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, around: Callable[[Module], AbstractContextManager[None]] | None = None) -> None:
+        """`around`: what surrounds the layer while it runs, and so has to surround its replays."""
+        self._around = around
         self._reference = weakref.ref(module)  # whoever knows a layer by its module must not keep the module alive
         self._experts = "mlp" if compat.is_moe_layer(module) else None
         self._parts = dict(_parts(module, self._experts))
@@ -124,7 +126,8 @@ class MegatronLayer(AbstractLayer):
         messages = compat.nvtx_messages()
         depth = len(messages)
         try:
-            yield
+            with nullcontext() if self._around is None else self._around(self._module):
+                yield
         finally:
             while len(messages) > depth:
                 messages.pop()

@@ -12,27 +12,36 @@ Compressed are, with `compress: fp8`, the tensors in which an error stays where 
 all tokens, and what the activation function of the MLP is given. Not by default: layer input and attention output, from
 which others are rebuilt. Never: query and key. The backward pass of attention makes its probabilities anew, as
 exp(q k - log-sum-exp), and with another q or k than the forward pass had they do not sum to 1.
+
+Modules that save their input in 8 bits already (`fp8.saved_activations`): it is swapped as it is. Under `ordered` it
+takes the place of the output of fc1, of which it is made, at half the bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from megamem.config import Activations
+from megamem.config import Activations, LowPrecision
 from megamem.errors import ConfigError
 from megamem.ir.activation import ANCHORS, BASE, KEEP, RECOMPUTE, SAVED, SWAP, ActivationPlan, Codec, Fate, LayerRule
 
 _ATTENTION = "self_attention.core_attention"
 _SAFE = ("self_attention.linear_qkv", "mlp")  # modules, in whose saved tensors an error stays where it is
+_CODED = {"mlp": ("mlp",), "all": ("mlp", "input_layernorm", "pre_mlp_layernorm")}  # modules that save 8 bits
 _EXPERTS = {"keep": KEEP, "swap": SWAP, "recompute": KEEP}  # recomputed by Megatron's own checkpoint of the MoE layer
 
 
-def plan_activations(options: Activations, num_layers: int) -> ActivationPlan:
-    """One rule for each of the model's `num_layers` layers.
+def plan_activations(
+    options: Activations, num_layers: int, low_precision: LowPrecision | None = None
+) -> ActivationPlan:
+    """One rule for each of the model's `num_layers` layers; `low_precision` says what modules save in 8 bits.
 
     Raises ConfigError with everything in the table that cannot be done for this model.
     """
+    coded = () if low_precision is None else _CODED.get(low_precision.saved_activations, ())
     fates = _policy(options)
+    if coded and options.policy == "ordered":
+        fates |= {"mlp": fates["fc1"], "fc1": RECOMPUTE}
     kept = options.keep_last_layers if options.policy in ("memo", "ordered") else 0
     rows: list[dict[str, Fate]] = [{} for _ in range(num_layers)]
     for row in options.table:
@@ -45,7 +54,7 @@ def plan_activations(options: Activations, num_layers: int) -> ActivationPlan:
         rules=tuple(
             LayerRule(
                 untouched=number > num_layers - kept and not row,
-                fates=_with_codecs({**fates, **row}, options.compress),
+                fates=_with_codecs({**fates, **row}, options.compress, coded),
                 store_input=(number - 1) % options.residual_every == 0,
             )
             for number, row in enumerate(rows, start=1)
@@ -53,8 +62,8 @@ def plan_activations(options: Activations, num_layers: int) -> ActivationPlan:
     )
 
 
-def _with_codecs(fates: dict[str, Fate], compress: Codec) -> dict[str, Fate]:
-    """The fates with a codec wherever compression gives one and they do not say it themselves."""
+def _with_codecs(fates: dict[str, Fate], compress: Codec, coded: tuple[str, ...]) -> dict[str, Fate]:
+    """The fates with a codec wherever compression gives one and they do not say it themselves; codes have none."""
     fates = dict(fates)
     if compress != "none":
         for path in _SAFE:
@@ -65,7 +74,7 @@ def _with_codecs(fates: dict[str, Fate], compress: Codec) -> dict[str, Fate]:
                 fates[name] = replace(fate, codec=compress)
     if fates[SAVED].codec == "fp8":
         fates.setdefault(_ATTENTION, replace(fates[SAVED], codec=None))
-    return fates
+    return fates | {path: replace(fates.get(path, fates[SAVED]), codec=None) for path in coded}
 
 
 def _policy(options: Activations) -> dict[str, Fate]:

@@ -78,3 +78,13 @@ class AbstractLoss(ABC):
     @abstractmethod
     def compute(self, model: Module, method: Callable[..., Tensor], labels: Tensor, logits: Any) -> Tensor:
         """The losses [b, s] of labels [b, s]; `method` computes them from logits."""
+
+
+class AbstractActivations(ABC):
+    """How activation functions of MLPs are computed, and what they save."""
+
+    @abstractmethod
+    def run_activation(
+        self, name: str, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """What the trainer's `function` of this name, an activation with what surrounds it, would return."""

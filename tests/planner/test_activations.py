@@ -144,3 +144,14 @@ def test_what_must_not_be_compressed_is_refused(name: str, reason: str) -> None:
 def test_compression_without_swap_is_a_contradiction() -> None:
     with pytest.raises(ConfigError, match=r"activations.compress: has no effect with policy 'recompute'"):
         _plan(policy="recompute", compress="fp8")
+
+
+@pytest.mark.parametrize("mode", ["mlp", "all"])
+def test_codes_take_the_place_of_what_they_are_made_of_and_are_not_coded_again(mode: str) -> None:
+    table = [{"layers": "2", "saved": "swap/fp8"}]
+    options = {"policy": "ordered", "swap_fraction": 0.3, "compress": "fp8", "table": table}
+    config = load_config({"activations": options, "fp8": {"saved_activations": mode}})
+    first, second = plan_activations(config.activations, 4, config.fp8).rules[:2]
+    assert first.fates["fc1"] == RECOMPUTE and first.fates["mlp"] == Fate(fraction=0.3)
+    assert first.fates["qkv"] == Fate(fraction=0.3)
+    assert second.fate_of("pre_mlp_layernorm") == (SWAP if mode == "all" else Fate(fraction=1.0, codec="fp8"))

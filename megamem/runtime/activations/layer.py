@@ -103,21 +103,27 @@ class AbstractLayer(ABC):
     @contextmanager
     def watched(self, on_call: PartCall, paths: Collection[str]) -> Iterator[None]:
         """While the block runs, calls of the parts in `paths` become `on_call(path, original, args, kwargs)`."""
-        before: list[tuple[dict[str, Any], Any]] = []
-        try:
-            for path in paths:
-                module = self.parts[path]
-                attributes = module.__dict__
-                own = attributes.get("forward")
-                before.append((attributes, own))
-                attributes["forward"] = _Watched(path, own if own is not None else module.forward, on_call)
+        with watching({path: self.parts[path] for path in paths}, on_call):
             yield
-        finally:
-            for attributes, own in before:
-                if own is None:
-                    attributes.pop("forward", None)
-                else:
-                    attributes["forward"] = own
+
+
+@contextmanager
+def watching(modules: Mapping[str, Module], on_call: PartCall) -> Iterator[None]:
+    """While the block runs, calls of the modules become `on_call(path, original, args, kwargs)`, by their paths."""
+    before: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for path, module in modules.items():
+            attributes = module.__dict__
+            own = attributes.get("forward")
+            before.append((attributes, own))
+            attributes["forward"] = _Watched(path, own if own is not None else module.forward, on_call)
+        yield
+    finally:
+        for attributes, own in before:
+            if own is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = own
 
 
 class _Watched:

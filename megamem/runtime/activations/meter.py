@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +15,25 @@ from megamem.runtime.activations.stats import Retained
 class _Held:
     """A saved tensor, left where it is; tells the meter when autograd lets go of it."""
 
-    __slots__ = ("meter", "storage", "tensor")
+    __slots__ = ("__weakref__", "key", "meter", "tensor")
 
-    def __init__(self, meter: ActivationMeter, tensor: Tensor, storage: int) -> None:
-        self.meter, self.tensor, self.storage = meter, tensor, storage
+    def __init__(self, meter: ActivationMeter, tensor: Tensor, key: int) -> None:
+        self.meter, self.tensor, self.key = meter, tensor, key
 
     def __del__(self) -> None:
-        self.meter.release(self.storage)
+        self.meter.release(self.key)
 
 
 class ActivationMeter:
     """Bytes of device memory held by what layers saved: each storage once, however many views of it were saved.
 
-    A whole storage counts, because that is what a saved view keeps from being freed.
+    A whole storage counts, because that is what a saved view keeps from being freed; as large as it is when the layer
+    has returned, for a trainer may give back the memory under a tensor that was saved.
     """
 
     def __init__(self) -> None:
         self.retained = Retained()
-        self._holders: dict[int, list[int]] = {}  # storage address -> [number of holders, bytes]
+        self._holders: dict[int, list[int]] = {}  # storage -> [number of holders, bytes]
 
     @property
     def now_bytes(self) -> int:
@@ -48,31 +50,44 @@ class ActivationMeter:
     ) -> Any:
         """Call a layer and count what it saves; `parameters` are the addresses of storages that do not count."""
 
+        seen: list[weakref.ref[_Held]] = []
+
         def pack(tensor: Tensor) -> _Held | Tensor:
             storage = tensor.untyped_storage()
-            address = storage.data_ptr()
             if not tensor.is_leaf:  # an operator must not hold itself by its output
                 tensor = tensor.detach()
-            if address in parameters or storage.nbytes() == 0:
+            if storage.data_ptr() in parameters or storage.nbytes() == 0:
                 return tensor
-            return self._hold(tensor, address, storage.nbytes())
+            held = self._hold(tensor, storage)
+            seen.append(weakref.ref(held))
+            return held
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            return call(*args, **kwargs)
+            result = call(*args, **kwargs)
+        for reference in seen:
+            if (held := reference()) is not None:
+                self._resize(held)
+        return result
 
-    def _hold(self, tensor: Tensor, address: int, nbytes: int) -> _Held:
-        holder = self._holders.setdefault(address, [0, nbytes])
+    def _hold(self, tensor: Tensor, storage: torch.UntypedStorage) -> _Held:
+        key = storage._cdata  # not its address, which another storage has when this one is emptied
+        holder = self._holders.setdefault(key, [0, storage.nbytes()])
         if holder[0] == 0:
-            self.retained.add(nbytes)
+            self.retained.add(holder[1])
         holder[0] += 1
-        return _Held(self, tensor, address)
+        return _Held(self, tensor, key)
 
-    def release(self, address: int) -> None:
+    def _resize(self, held: _Held) -> None:
+        holder, nbytes = self._holders[held.key], held.tensor.untyped_storage().nbytes()
+        self.retained.add(nbytes - holder[1])
+        holder[1] = nbytes
+
+    def release(self, key: int) -> None:
         """One holder of a storage is gone."""
-        holder = self._holders[address]
+        holder = self._holders[key]
         holder[0] -= 1
         if holder[0] == 0:
-            del self._holders[address]
+            del self._holders[key]
             self.retained.add(-holder[1])
 
 

@@ -28,8 +28,12 @@ from megamem.runtime.activations.replay import PackKey, Replay
 _PROBE_TOKENS = 16
 
 # A GEMM on a few tokens may take another kernel than on many, so equality is up to rounding; candidates that are
-# really wrong differ by their whole magnitude.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# really wrong differ by their whole magnitude. What the layer makes of its input is no more exact than the input, in
+# whatever type it is; an 8-bit code may be the next one besides.
+_TOLERANCE = {
+    torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2,
+    torch.float8_e4m3fn: 0.1, torch.float8_e5m2: 0.2, torch.int8: 5e-2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +305,7 @@ class _Learner:
         if full.dtype != got.dtype:
             return None
         if full.shape == got.shape:
-            if not _close(full, got):
+            if not self._close(full, got):
                 return None
             # A probe of all tokens (dropout) tells nothing of the axis: then only whole replays are allowed.
             return Source(geometry, None, pack, part, index)
@@ -311,7 +315,16 @@ class _Learner:
     def _axis(self, full: Tensor, got: Tensor) -> TokenAxis | None:
         taken = self.stop - self.start
         axes = token_axes(tuple(full.shape), tuple(got.shape), self.tokens, taken, self.layer.token_blocks)
-        return next((axis for axis in axes if _close(axis.take(full, self.start, self.stop), got)), None)
+        return next((axis for axis in axes if self._close(axis.take(full, self.start, self.stop), got)), None)
+
+    def _close(self, one: Tensor, other: Tensor) -> bool:
+        tolerance = _TOLERANCE.get(one.dtype)
+        if tolerance is None:
+            return torch.equal(one, other)
+        tolerance = max(tolerance, _TOLERANCE.get(self.hidden.dtype, 0.0))
+        one, other = one.detach().float(), other.detach().float()
+        scale = one.abs().amax().clamp_min(1e-30)
+        return bool(((one - other).abs().amax() <= tolerance * scale) | torch.equal(one, other))
 
     def _anchor_axis(self, path: str, replay: Replay) -> TokenAxis | None:
         full, got = self.capture.output(path), replay.outputs.get(path)
@@ -379,12 +392,3 @@ def _keys(handles: list[Handle]) -> list[PackKey]:
         seen[handle.path] = ordinal + 1
         keys.append((handle.path, ordinal))
     return keys
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if not one.dtype.is_floating_point or one.dtype.itemsize == 1:
-        return torch.equal(one, other)
-    tolerance = _TOLERANCE.get(one.dtype, 1e-3)
-    one, other = one.detach().float(), other.detach().float()
-    scale = one.abs().amax().clamp_min(1e-30)
-    return bool(((one - other).abs().amax() <= tolerance * scale) | torch.equal(one, other))

@@ -1,0 +1,273 @@
+"""Norms and activation functions that save their input in 8 bits, or as it is, and never their output: the section fp8.
+
+    hidden -> norm -> qkv, attention, projection      `mlp` keeps: activation input in 8 bits
+    hidden -> norm -> fc1 -> activation -> fc2        `all` keeps: both norm inputs in 8 bits too
+               ^               ^
+               outputs that linear layers save: given back when the block behind them has run, made again in its
+               backward pass
+
+Two seams. Megatron's fused activation functions are replaced by `megamem.kernels.activation` wherever they are called:
+in MLPs, in experts, in shared experts. And while a layer runs, its norms are computed by `megamem.kernels.norm`, and
+each block that consumes an output is watched: attention, the MLP, and every MLP of an expert. What the block's own
+functions saved goes through autograd like everything else, so the activation engine, around all this, keeps, swaps or
+rebuilds codes as it does any other tensor; and a replay does the same as the forward pass did.
+
+The forward pass is that of stock Megatron to rounding (activation functions are rounded once, not after each of their
+operations). Of a model under `no_grad` nothing is saved, and it computes the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, final
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+from torch.nn import Module
+
+from megamem.errors import UnsupportedError
+from megamem.integrations import compat
+from megamem.integrations.capability import Capability
+from megamem.integrations.norms import NormSettings, read_norm
+from megamem.integrations.report import mib
+from megamem.kernels import activation as activation_kernels
+from megamem.kernels import norm as norm_kernels
+from megamem.kernels.activation import Activation, activate
+from megamem.kernels.block_codec import BlockFormat
+from megamem.patches import GROUPS
+from megamem.patches.registry import Patch
+from megamem.runtime.activations.layer import Args, Kwargs, first_tensor, watching
+from megamem.runtime.discard import discard
+from megamem.runtime.session import AbstractActivations
+from megamem.sections import LowPrecision
+
+_CONSUMERS = {"input_layernorm": "self_attention", "pre_mlp_layernorm": "mlp"}
+"""Whose input a layer's norm is."""
+
+_GROUPED = ("GroupedMLP", "TEGroupedMLP")  # all experts at once; by name, because releases have one, the other or both
+
+_FUNCTIONS: Mapping[str, tuple[tuple[str, ...], Activation]] = {
+    "bias_swiglu_impl": (("input", "bias"), Activation(function="silu")),
+    "weighted_bias_swiglu_impl": (("input", "bias", "weights"), Activation(function="silu")),
+    "bias_geglu_impl": (("input", "bias"), Activation(function="gelu")),
+    "bias_gelu_impl": (("input", "bias"), Activation(function="gelu", gated=False)),
+    "weighted_bias_quick_geglu_impl": (
+        ("input", "bias", "weights", "fp8_input_store", "linear_offset", "clamp_value"),
+        Activation(function="quick_gelu"),
+    ),
+}
+"""Megatron's fused activation functions: names of their first arguments, in order, and what they compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedActivationsReport:
+    """Totals of one rank, per step where steps have run.
+
+    input_nbytes:      of norm and activation inputs, as stock Megatron saves them
+    kept_nbytes:       what is saved in their place
+    discarded_nbytes:  of outputs that linear layers save, given back until their backward pass
+    num_left:          norms of other kinds, and norms fused with a linear layer: left as they are
+    """
+
+    mode: str
+    input_nbytes: int
+    kept_nbytes: int
+    discarded_nbytes: int
+    num_left: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), ready to print."""
+        rows = [
+            ("saved activations", self.mode),
+            ("inputs of norms and activations, per step", f"{mib(self.kept_nbytes)} for {mib(self.input_nbytes)}"),
+            ("their outputs given back, per step", mib(self.discarded_nbytes)),
+        ]
+        if self.num_left:
+            rows.append(("norms left as they are", str(self.num_left)))
+        return rows
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """What is watched of one layer: its norms, the blocks that consume their outputs, and every MLP within."""
+
+    norms: dict[str, tuple[Module, NormSettings]] = field(default_factory=dict)
+    modules: dict[str, Module] = field(default_factory=dict)
+    num_left: int = 0
+
+
+@final
+class SavedActivations(Capability, AbstractActivations):
+    """What norms and activation functions of a process save."""
+
+    SECTION: ClassVar[str] = "fp8"
+    OPTION: ClassVar[str] = "fp8.saved_activations"
+    NOT_LIVE: ClassVar[str] = (
+        "fp8.saved_activations is on, a step has run, and no activation function or norm of any rank, or of a rank "
+        "that has layers, was computed by megamem. Is the model made of Megatron's TransformerLayers, with MLPs that "
+        "call its fused activation functions? Set fp8.saved_activations: off to go on without"
+    )
+
+    def __init__(self, options: LowPrecision) -> None:
+        self.options = options
+        made = BlockFormat(element=options.format, group=options.group, power_of_two=options.power_of_two_scales)
+        mode = options.saved_activations
+        self._activation_format = made if mode in ("mlp", "all") else None
+        self._norm_format = made if mode == "all" else None
+        self._num_steps = self._num_layers = self._num_calls = 0
+        self._input_nbytes = self._kept_nbytes = self._discarded_nbytes = 0
+        self._blocks: weakref.WeakKeyDictionary[Module, _Blocks] = weakref.WeakKeyDictionary()
+        self._made: list[list[tuple[Tensor, Callable[[Tensor], None]]]] = []  # outputs made in the blocks that run now
+
+    def patches(self) -> Sequence[Patch]:
+        return [patch.bound(self) for patch in GROUPS["fp8.activations"]]
+
+    def expected(self) -> str:
+        format = self._activation_format
+        if format is None:
+            return "gradients are stock's to rounding"
+        bits = 8 + 32 / format.group
+        return f"{bits:g} bits a number; gradients are off by a few percent, without direction"
+
+    def on_layer_built(self, layer: Module) -> None:
+        self._num_layers += 1
+        problems = [*self._conflicts(layer)]
+        if problems:
+            raise UnsupportedError(f"{self.OPTION}: {self.options.saved_activations}: " + "; ".join(problems))
+
+    @contextmanager
+    def around_layer(self, layer: Module) -> Iterator[None]:
+        blocks = self._blocks.get(layer)
+        if blocks is None:
+            blocks = self._blocks[layer] = _blocks_of(layer)
+        outputs: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {}  # of norms, by the block that consumes them
+
+        def on_call(path: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+            if path in blocks.norms:
+                (hidden,) = (*args, *kwargs.values())
+                output = self._run_norm(*blocks.norms[path], hidden)
+                if output.requires_grad:
+                    outputs[_CONSUMERS[path]] = output, norm_kernels.rebuilder(output)
+                return output
+            self._made.append([])
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                made = self._made.pop()
+            if path in outputs:
+                made.append(outputs.pop(path))
+            if (consumed := first_tensor(result)) is not None:
+                self._discarded_nbytes += sum(discard(kept, rebuild, consumed) for kept, rebuild in made)
+            return result
+
+        with watching(blocks.modules, on_call):
+            yield
+
+    def _run_norm(self, module: Module, norm: NormSettings, hidden: Tensor) -> Tensor:
+        return self._counted(norm.run(module, hidden, self._norm_format), hidden, hidden.shape, self._norm_format)
+
+    def run_activation(
+        self, name: str, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        names, activation = _FUNCTIONS[name]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("clamp_value") is not None or given.get("linear_offset"):
+            activation = Activation(
+                function=activation.function, clamp=given.get("clamp_value"), offset=given.get("linear_offset", 0.0)
+            )
+        source, bias, weights = given["input"], given["bias"], given.get("weights")
+        # Megatron's functions take the weights of [s, b, f] inputs as [s b, 1].
+        weights = None if weights is None else weights.reshape(*source.shape[:-1], 1)
+        output = activate(source, activation, bias=bias, weights=weights, format=self._activation_format)
+        halves = (*source.shape[:-1], activation.halves, source.shape[-1] // activation.halves)
+        if self._made and output.requires_grad:
+            self._made[-1].append((output, activation_kernels.rebuilder(output)))
+        return self._counted(output, source, halves, self._activation_format)
+
+    def _counted(self, output: Tensor, source: Tensor, shape: tuple[int, ...], format: BlockFormat | None) -> Tensor:
+        self._num_calls += 1
+        if output.requires_grad:
+            self._input_nbytes += source.nbytes
+            self._kept_nbytes += source.nbytes if format is None else format.nbytes(shape)
+        return output
+
+    def end_step(self) -> None:
+        self._num_steps += 1
+
+    def is_live(self) -> bool | None:
+        return self._num_calls > 0 or (False if self._num_layers else None)
+
+    def report(self) -> SavedActivationsReport:
+        steps = max(self._num_steps, 1)
+        mode, format = self.options.saved_activations, self._activation_format
+        return SavedActivationsReport(
+            mode=mode if format is None else f"{mode}, {format.element}, {format.group} channels a scale",
+            input_nbytes=self._input_nbytes // steps,
+            kept_nbytes=self._kept_nbytes // steps,
+            discarded_nbytes=self._discarded_nbytes // steps,
+            num_left=sum(blocks.num_left for blocks in self._blocks.values()),
+        )
+
+    def _conflicts(self, layer: Any) -> Iterator[str]:
+        """Why a layer does not go with it."""
+        config = layer.config
+        if compat.uses_cuda_graphs(config):
+            yield "CUDA graphs replay a layer without calling Python; set cuda_graph_impl to none"
+        if compat.uses_fine_grained_offload(config) or getattr(config, "cpu_offloading", False):
+            yield (
+                "Megatron's offloading copies outputs of norms and activation functions, whose memory is given back "
+                "meanwhile; switch cpu_offloading and fine_grained_activation_offloading off (activations.policy swaps)"
+            )
+        if config.recompute_granularity == "full":
+            yield "recompute_granularity full keeps nothing of a layer that could be in 8 bits; use selective, or none"
+        elif config.recompute_granularity == "selective":
+            again = {"layernorm", "moe_act", "mlp", "moe", "shared_experts"} & set(config.recompute_modules or ())
+            if again:
+                yield f"recompute_modules {', '.join(sorted(again))} run again what is made again here; leave them out"
+        if getattr(config, "activation_func_fp8_input_store", False):
+            yield "activation_func_fp8_input_store does the same without scales; switch it off"
+        if getattr(config, "overlap_moe_expert_parallel_comm", False):
+            yield "overlap_moe_expert_parallel_comm runs the parts of a layer on its own schedule; switch it off"
+        yield from _activation_problems(config)
+        blocks = _blocks_of(layer)
+        if self._norm_format is not None and not blocks.norms:
+            yield (
+                "the layer has no norm of its own (Transformer Engine's linear layers have it inside); take mlp, or "
+                "build the model with a local layer spec"
+            )
+        hidden = int(config.hidden_size)
+        if blocks.norms and hidden > norm_kernels.MAX_WIDTH and torch.cuda.is_available():
+            yield f"hidden_size {hidden} is more than {norm_kernels.MAX_WIDTH}, the widest norm that the kernels take"
+
+
+def _activation_problems(config: Any) -> Iterator[str]:
+    """Why the MLPs of a model do not call a fused activation function."""
+    if getattr(config, "use_te_activation_func", False):
+        yield "use_te_activation_func computes activation functions in Transformer Engine; switch it off"
+    elif not config.bias_activation_fusion:
+        yield (
+            "activation functions that are not fused save what each of their operations needs; set "
+            "bias_activation_fusion (in Megatron-LM, leave --no-bias-swiglu-fusion and --no-bias-gelu-fusion out)"
+        )
+
+
+def _blocks_of(layer: Module) -> _Blocks:
+    blocks = _Blocks()
+    for name, consumer in _CONSUMERS.items():
+        module, block = getattr(layer, name, None), getattr(layer, consumer, None)
+        if module is None or block is None:
+            continue
+        settings = read_norm(module)
+        if settings is None:
+            blocks.num_left += 1
+        else:
+            blocks.norms[name] = module, settings
+            blocks.modules |= {name: module, consumer: block}
+    for path, module in layer.named_modules():
+        if isinstance(module, MLP) or type(module).__name__ in _GROUPED:
+            blocks.modules[path] = module
+    return blocks
