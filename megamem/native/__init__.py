@@ -22,7 +22,7 @@ from typing import Any
 from megamem.errors import NativeError
 from megamem.native.build import FLAGS, build
 
-ABI = 2
+ABI = 3
 Poll = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_uint64)
 
 _INT32S = ctypes.POINTER(ctypes.c_int32)
@@ -35,7 +35,16 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "megamem_first_fit": (ctypes.c_int32, [*_INSTANCE, _INT32S, ctypes.c_int32, _INT64S, Poll]),
     "megamem_canonical_search": (
         ctypes.c_int32,
-        [*_INSTANCE, ctypes.c_int64, _INT32S, ctypes.c_uint64, _INT64S, ctypes.POINTER(ctypes.c_uint64), Poll],
+        [
+            *_INSTANCE,
+            ctypes.c_int64,
+            _INT32S,
+            ctypes.c_int32,
+            ctypes.c_uint64,
+            _INT64S,
+            ctypes.POINTER(ctypes.c_uint64),
+            Poll,
+        ],
     ),
     "megamem_align": (ctypes.c_int32, [ctypes.c_int32, _INT64S, ctypes.c_int32, _INT64S, _INT32S]),
     "megamem_arena_create_host": (_ARENA, []),

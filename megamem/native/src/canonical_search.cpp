@@ -10,6 +10,8 @@
 //   * A section whose unplaced buffers cannot fit above their lowest floor ends the branch.
 //   * When nothing unplaced shares a section with the buffer just placed, no alternative to it need be tried.
 //   * Where no unplaced buffer crosses the border between two sections any more, both sides are solved for themselves.
+//   * With `fullest_first`, buffers of the sections in which most is still unplaced come first, and this is looked at
+//     anew for every part that the problem falls into.
 
 #include <algorithm>
 #include <cstdint>
@@ -29,14 +31,14 @@ enum class Result { kFound, kNone, kAborted };
 class Search {
  public:
   Search(int32_t n, const int32_t* first, const int32_t* last, const int64_t* size, int64_t capacity,
-         const int32_t* preorder, uint64_t max_nodes, int64_t* offset, megamem_poll poll)
-      : first_(first), last_(last), size_(size), capacity_(capacity), max_nodes_(max_nodes), offset_(offset),
-        poll_(poll), unplaced_(preorder, preorder + n), rank_(n), floor_(n, 0), reach_(n, 0), placed_(n, 0),
+         const int32_t* preorder, bool fullest_first, uint64_t max_nodes, int64_t* offset, megamem_poll poll)
+      : first_(first), last_(last), size_(size), capacity_(capacity), fullest_first_(fullest_first),
+        max_nodes_(max_nodes), offset_(offset), poll_(poll), unplaced_(preorder, preorder + n), tie_(n), floor_(n, 0), reach_(n, 0), placed_(n, 0),
         neighbours_(n), members_(n > 0 ? *std::max_element(last, last + n) : 0), waiting_(members_.size(), 0),
         crossing_(members_.size() + 1, 0) {
     for (int32_t step = 0; step < n; ++step) {
       const int32_t i = preorder[step];
-      rank_[i] = step;
+      tie_[i] = step;
       for (int32_t s = first[i]; s < last[i]; ++s) {
         members_[s].push_back(i);
         waiting_[s] += size[i];
@@ -46,6 +48,7 @@ class Search {
         if (i != j && first[i] < last[j] && first[j] < last[i]) neighbours_[i].push_back(j);
       }
     }
+    rank_ = tie_;
   }
 
   int32_t run() {
@@ -116,6 +119,8 @@ class Search {
 
   // Solve what is left without `placed`, one part after the other where it falls into parts that share no section.
   Result descend(const std::vector<int32_t>& unplaced, int32_t placed, int32_t begin, int32_t end, Place current) {
+    const auto free_border = std::find(crossing_.begin() + begin + 1, crossing_.begin() + end, 0);
+    const bool is_new_part = placed < 0 || free_border != crossing_.begin() + end;
     std::vector<int32_t> part;
     for (int32_t from = begin, to = begin + 1; to <= end; ++to) {
       if (to < end && crossing_[to] > 0) continue;
@@ -124,12 +129,33 @@ class Search {
         if (j != placed && first_[j] >= from && last_[j] <= to) part.push_back(j);
       }
       if (!part.empty()) {
-        const Result result = solve(part, from, to, current);
+        const Result result = fullest_first_ && is_new_part ? solve_fullest_first(part, from, to, current.offset)
+                                                            : solve(part, from, to, current);
         if (result != Result::kFound) return result;
       }
       from = to;
     }
     return Result::kFound;
+  }
+
+  // Solve a part with ranks of its own. All that is unplaced lies at `offset` or above, whatever the order among equals.
+  Result solve_fullest_first(const std::vector<int32_t>& part, int32_t begin, int32_t end, int64_t offset) {
+    struct Key {
+      int64_t waiting;  // in the fullest section that the buffer is live in
+      int32_t buffer;
+      int32_t before;  // its rank so far
+    };
+    std::vector<Key> keys;
+    for (const int32_t i : part) {
+      keys.push_back({*std::max_element(waiting_.begin() + first_[i], waiting_.begin() + last_[i]), i, rank_[i]});
+    }
+    std::sort(keys.begin(), keys.end(), [this](const Key& one, const Key& other) {
+      return one.waiting != other.waiting ? one.waiting > other.waiting : tie_[one.buffer] < tie_[other.buffer];
+    });
+    for (size_t rank = 0; rank < keys.size(); ++rank) rank_[keys[rank].buffer] = static_cast<int32_t>(rank);
+    const Result result = solve(part, begin, end, {offset, -1});
+    for (const Key& key : keys) rank_[key.buffer] = key.before;
+    return result;
   }
 
   bool is_over() {
@@ -193,12 +219,14 @@ class Search {
   const int32_t *first_, *last_;
   const int64_t* size_;
   const int64_t capacity_;
+  const bool fullest_first_;
   const uint64_t max_nodes_;
   int64_t* offset_;
   const megamem_poll poll_;
 
   const std::vector<int32_t> unplaced_;  // at the root: all, in preorder
-  std::vector<int32_t> rank_;            // per buffer, its place in the preorder
+  std::vector<int32_t> tie_;             // per buffer, its place in the preorder
+  std::vector<int32_t> rank_;            // per buffer, its place in the order of its part; without that, tie_
   std::vector<int64_t> floor_;           // per buffer, the highest end of a placed neighbour
   std::vector<int64_t> reach_;           // per unplaced buffer, scratch of has_room
   std::vector<char> placed_;
@@ -214,10 +242,10 @@ class Search {
 }  // namespace
 
 extern "C" int32_t megamem_canonical_search(int32_t n, const int32_t* first, const int32_t* last, const int64_t* size,
-                                            int64_t capacity, const int32_t* preorder, uint64_t max_nodes,
-                                            int64_t* offset, uint64_t* nodes, megamem_poll poll) {
+                                            int64_t capacity, const int32_t* preorder, int32_t fullest_first,
+                                            uint64_t max_nodes, int64_t* offset, uint64_t* nodes, megamem_poll poll) {
   try {
-    Search search(n, first, last, size, capacity, preorder, max_nodes, offset, poll);
+    Search search(n, first, last, size, capacity, preorder, fullest_first != 0, max_nodes, offset, poll);
     const int32_t status = search.run();
     *nodes = search.nodes();
     return status;

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Raised with every change of a signature or meaning below. */
-#define MEGAMEM_ABI 2
+#define MEGAMEM_ABI 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -36,10 +36,11 @@ int32_t megamem_first_fit(int32_t n, const int32_t* first, const int32_t* last, 
                           const int32_t* order, int32_t best_fit, int64_t* offset, megamem_poll poll);
 
 /* Search for offsets below `capacity`, exhaustively unless `max_nodes` placements were tried before.
- * `preorder` (a permutation) breaks ties: earlier means tried first. Writes offset[n] if FOUND, and *nodes. */
+ * `preorder` (a permutation) breaks ties: earlier means tried first. With `fullest_first` it comes second to the size of
+ * what waits in the fullest section of a buffer. Writes offset[n] if FOUND, and *nodes. */
 int32_t megamem_canonical_search(int32_t n, const int32_t* first, const int32_t* last, const int64_t* size,
-                                 int64_t capacity, const int32_t* preorder, uint64_t max_nodes, int64_t* offset,
-                                 uint64_t* nodes, megamem_poll poll);
+                                 int64_t capacity, const int32_t* preorder, int32_t fullest_first, uint64_t max_nodes,
+                                 int64_t* offset, uint64_t* nodes, megamem_poll poll);
 
 /* Serving. An arena hands out planned requests at their places; for others, and whenever it is in doubt, it returns
  * NULL and the caller asks the native allocator. All functions may be called from any thread at any time. */

@@ -48,9 +48,20 @@ class Core(ABC):
 
     @abstractmethod
     def search(
-        self, sweep: Sweep, capacity: int, preorder: Sequence[int], *, max_nodes: int, watch: Watch = never
+        self,
+        sweep: Sweep,
+        capacity: int,
+        preorder: Sequence[int],
+        *,
+        max_nodes: int,
+        fullest_first: bool = False,
+        watch: Watch = never,
     ) -> SearchResult:
-        """Depth-first search over canonical placements within `capacity`; `preorder` breaks ties."""
+        """Depth-first search over canonical placements within `capacity`; `preorder` says what is tried first.
+
+        With `fullest_first` it comes second to the units that are yet to be placed in the fullest section of a buffer,
+        which are counted anew for every part that the problem falls into.
+        """
 
 
 def best_core() -> tuple[Core, str]:

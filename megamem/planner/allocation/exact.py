@@ -9,6 +9,7 @@ least one is looked for, by trying the lower bound first and then what lies betw
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from megamem.errors import UnsupportedError
@@ -22,8 +23,9 @@ from megamem.planner.allocation.sweep import Sweep
 MAX_BUFFERS = 3000  # of a part: a node of the search costs time in proportion, and a deep search memory by the square
 _FIRST_NODES = 1 << 11
 _GROWTH = 2
-# W: duration, A: duration x size, T: bytes of the fullest section met, L: number of sections, S: size.
-PREORDERS = ("WAT", "TAW", "TWA", "TLS")
+# W: duration, A: duration x size, L: number of sections, S: size; T in front: by the fullest section first. W, A and T
+# are MiniMalloc's.
+PREORDERS = ("WA", "TAW", "TWA", "TLS")
 
 
 class ExactSolver(Solver):
@@ -50,18 +52,31 @@ def worst_part(task: Task) -> list[int]:
     return max(sweep.components(), key=lambda part: max(offsets[i] + sweep.size[i] for i in part))
 
 
-def preorders(problem: Problem, sweep: Sweep, indices: Sequence[int]) -> list[list[int]]:
+@dataclass(frozen=True, kw_only=True)
+class Preorder:
+    """What `core.search` takes: an order of the buffers, and whether those in fuller sections go before it."""
+
+    order: list[int]
+    fullest_first: bool
+
+
+def preorders(problem: Problem, sweep: Sweep, indices: Sequence[int]) -> list[Preorder]:
     """Orders of the buffers of `sweep`, those of `problem` with these indices: large first, by several keys."""
     buffers = [problem.buffers[index] for index in indices]
     keys: dict[str, Sequence[int]] = {
         "W": [buffer.upper - buffer.lower for buffer in buffers],
         "A": [(buffer.upper - buffer.lower) * buffer.size for buffer in buffers],
-        "T": greedy.fullest_met(sweep),
         "L": [last - first for first, last in zip(sweep.first, sweep.last, strict=True)],
         "S": sweep.size,
     }
     everyone = range(len(sweep))
-    return [sorted(everyone, key=lambda i: tuple(-keys[key][i] for key in name)) for name in PREORDERS]
+    return [
+        Preorder(
+            order=sorted(everyone, key=lambda i: tuple(-keys[key][i] for key in name.removeprefix("T"))),
+            fullest_first=name.startswith("T"),
+        )
+        for name in PREORDERS
+    ]
 
 
 class Part:
@@ -102,7 +117,14 @@ class Part:
         for number, preorder in enumerate(self.preorders):
             unit = self.task.sweep.unit
             self.task.doing = f"exact search at {capacity * unit} bytes, order {number + 1}, {max_nodes} nodes"
-            result = self.task.core.search(self.sweep, capacity, preorder, max_nodes=max_nodes, watch=self.task.watch)
+            result = self.task.core.search(
+                self.sweep,
+                capacity,
+                preorder.order,
+                fullest_first=preorder.fullest_first,
+                max_nodes=max_nodes,
+                watch=self.task.watch,
+            )
             if result.status == "limit":
                 continue
             if result.offsets is not None:

@@ -58,13 +58,20 @@ class NativeCore(Core):
         return offsets if poll.check(status) == "found" else None
 
     def search(
-        self, sweep: Sweep, capacity: int, preorder: Sequence[int], *, max_nodes: int, watch: Watch = never
+        self,
+        sweep: Sweep,
+        capacity: int,
+        preorder: Sequence[int],
+        *,
+        max_nodes: int,
+        fullest_first: bool = False,
+        watch: Watch = never,
     ) -> SearchResult:
         offsets, nodes = array("q", bytes(8 * len(sweep))), ctypes.c_uint64()
         poll = _Poll(watch)
         code = self._library.megamem_canonical_search(
-            *_instance(sweep), capacity, _int32s(array("i", preorder)), max_nodes, _int64s(offsets),
-            ctypes.byref(nodes), poll.function,
+            *_instance(sweep), capacity, _int32s(array("i", preorder)), int(fullest_first), max_nodes,
+            _int64s(offsets), ctypes.byref(nodes), poll.function,
         )  # fmt: skip
         status = poll.check(code)
         return SearchResult(status=status, nodes=nodes.value, offsets=offsets if status == "found" else None)

@@ -47,11 +47,18 @@ class PythonCore(Core):
         return offsets
 
     def search(
-        self, sweep: Sweep, capacity: int, preorder: Sequence[int], *, max_nodes: int, watch: Watch = never
+        self,
+        sweep: Sweep,
+        capacity: int,
+        preorder: Sequence[int],
+        *,
+        max_nodes: int,
+        fullest_first: bool = False,
+        watch: Watch = never,
     ) -> SearchResult:
         if sweep.max_live > capacity:
             return SearchResult(status="none", nodes=0)
-        search = _Search(sweep, capacity, preorder, max_nodes, watch)
+        search = _Search(sweep, capacity, preorder, fullest_first, max_nodes, watch)
         try:
             found = search.descend(list(preorder), -1, (0, sweep.num_sections), (0, -1))
         except _Aborted:
@@ -93,11 +100,21 @@ class _Search:
     A place is a pair (offset, rank in the preorder); placements go by rising place.
     """
 
-    def __init__(self, sweep: Sweep, capacity: int, preorder: Sequence[int], max_nodes: int, watch: Watch) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        capacity: int,
+        preorder: Sequence[int],
+        fullest_first: bool,
+        max_nodes: int,
+        watch: Watch,
+    ) -> None:
         self.sweep, self.capacity, self.max_nodes, self.watch = sweep, capacity, max_nodes, watch
+        self.fullest_first = fullest_first
         self.nodes, self.stopped = 0, False
         self.offsets = [0] * len(sweep)
-        self.rank = {i: rank for rank, i in enumerate(preorder)}
+        self.tie = {i: place for place, i in enumerate(preorder)}
+        self.rank = dict(self.tie)
         self.floor = [0] * len(sweep)
         self.unplaced = set(preorder)
         first, last = sweep.first, sweep.last
@@ -118,9 +135,20 @@ class _Search:
         borders = [s for s in range(sections[0] + 1, sections[1]) if not any(first[j] < s < last[j] for j in left)]
         for begin, end in pairwise([sections[0], *borders, sections[1]]):
             part = [j for j in left if first[j] >= begin and last[j] <= end]
-            if part and not self.solve(part, (begin, end), current):
+            solve = self.solve_fullest_first if self.fullest_first and (placed < 0 or borders) else self.solve
+            if part and not solve(part, (begin, end), current):
                 return False
         return True
+
+    def solve_fullest_first(self, part: list[int], sections: tuple[int, int], current: tuple[int, int]) -> bool:
+        """Solve a part with ranks of its own; all of it lies at the current offset or above."""
+        before = {i: self.rank[i] for i in part}
+        fullest = {i: max(map(self.waiting, range(self.sweep.first[i], self.sweep.last[i]))) for i in part}
+        in_order = sorted(part, key=lambda i: (-fullest[i], self.tie[i]))
+        self.rank.update((i, rank) for rank, i in enumerate(in_order))
+        found = self.solve(part, sections, (current[0], -1))
+        self.rank.update(before)
+        return found
 
     def solve(self, unplaced: list[int], sections: tuple[int, int], current: tuple[int, int]) -> bool:
         """Place all of `unplaced` after `current`."""

@@ -35,8 +35,10 @@ def test_searches_visit_the_same_nodes() -> None:
         for preorder in preorders(problem, sweep, range(len(sweep)))[:2]:
             capacity = sweep.max_live + rng.choice([-1, 0, 0, 1])
             limit = rng.choice([20, 2000])
-            native = NativeCore().search(sweep, capacity, preorder, max_nodes=limit)
-            python = PythonCore().search(sweep, capacity, preorder, max_nodes=limit)
+            native, python = (
+                core().search(sweep, capacity, preorder.order, fullest_first=preorder.fullest_first, max_nodes=limit)
+                for core in CORES
+            )
             assert (native.status, native.nodes) == (python.status, python.nodes), (seed, capacity)
             assert (native.offsets is None) == (python.offsets is None)
             assert list(native.offsets or []) == list(python.offsets or [])
@@ -69,7 +71,7 @@ def test_a_watch_stops_the_core(core: type[Core]) -> None:
     problem = tight_problem(8, capacity=60, steps=60)
     sweep = Sweep.of(problem)
     preorder = preorders(problem, sweep, range(len(sweep)))[0]
-    result = core().search(sweep, sweep.max_live, preorder, max_nodes=1 << 40, watch=lambda: True)
+    result = core().search(sweep, sweep.max_live, preorder.order, max_nodes=1 << 40, watch=lambda: True)
     assert (result.status, result.offsets) == ("stopped", None)
 
 
