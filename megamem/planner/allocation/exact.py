@@ -23,9 +23,9 @@ from megamem.planner.allocation.sweep import Sweep
 MAX_BUFFERS = 3000  # of a part: a node of the search costs time in proportion, and a deep search memory by the square
 _FIRST_NODES = 1 << 11
 _GROWTH = 2
-# W: duration, A: duration x size, L: number of sections, S: size; T in front: by the fullest section first. W, A and T
-# are MiniMalloc's.
-PREORDERS = ("WA", "TAW", "TWA", "TLS")
+# W: duration, A: duration x size, L: number of sections, S: size, R: root of duration x size; T in front: by the fullest
+# section first. W, A and T are MiniMalloc's.
+PREORDERS = ("WA", "TAW", "TWA", "TLS", "TRA")
 
 
 class ExactSolver(Solver):
@@ -68,6 +68,7 @@ def preorders(problem: Problem, sweep: Sweep, indices: Sequence[int]) -> list[Pr
         "A": [(buffer.upper - buffer.lower) * buffer.size for buffer in buffers],
         "L": [last - first for first, last in zip(sweep.first, sweep.last, strict=True)],
         "S": sweep.size,
+        "R": [(buffer.upper - buffer.lower) * buffer.size**2 for buffer in buffers],
     }
     everyone = range(len(sweep))
     return [
