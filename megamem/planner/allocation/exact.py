@@ -23,8 +23,8 @@ from megamem.planner.allocation.sweep import Sweep
 MAX_BUFFERS = 3000  # of a part: a node of the search costs time in proportion, and a deep search memory by the square
 _FIRST_NODES = 1 << 11
 _GROWTH = 2
-# W: duration, A: duration x size, L: number of sections, S: size, R: root of duration x size; T in front: by the fullest
-# section first. W, A and T are MiniMalloc's.
+# W: duration, A: duration x size, L: number of sections, S: size, R: root of duration x size; T in front: those in the
+# fullest section first. W, A and T are MiniMalloc's.
 PREORDERS = ("WA", "TAW", "TWA", "TLS", "TRA")
 
 
