@@ -31,7 +31,7 @@ from megamem.config import Activations, Config, load_config
 from megamem.errors import ConfigError, MissingPackage, UnsupportedError
 from megamem.flags import origins_in
 from megamem.host import resolve_host_memory
-from megamem.integrations import compat
+from megamem.integrations import compat, transformer_engine
 from megamem.integrations.allocator import PlannedMemory
 from megamem.integrations.capability import Capability, CapabilityReport, agree, refuse_together, require_live
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
@@ -410,6 +410,8 @@ def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
         )
     if getattr(model, "cpu_offloading", False):
         problems.append("Megatron's cpu_offloading does the same with whole layers; switch it off")
+    if transformer_engine.is_offloading():
+        problems.append("Transformer Engine's get_cpu_offload_context moves what layers save too; leave it out")
     if model.recompute_granularity == "full":
         problems.append(
             "recompute_granularity full runs every layer twice, attention included; use selective, or none "

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from megamem.errors import UnsupportedError
-from megamem.integrations import compat
+from megamem.integrations import compat, transformer_engine
 from megamem.ir.activation import ANCHORS
-from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, PutTogether
 
 _ATTENTION = "self_attention.core_attention"
 _ANCHORS = dict(
@@ -88,9 +88,17 @@ class MegatronLayer(AbstractLayer):
             return "packed sequences number their tokens from the start of each sequence"
         return None
 
+    def must_stay(self, tensor: Tensor) -> bool:
+        return transformer_engine.must_stay(tensor)
+
+    def take_apart(self, tensor: Tensor) -> tuple[list[Tensor | None], PutTogether] | None:
+        return transformer_engine.take_apart(tensor)
+
     def parameter_storages(self) -> frozenset[int]:
         module = self._module
-        return frozenset(t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()))
+        plain = [t for t in (*module.parameters(), *module.buffers()) if not transformer_engine.is_quantized(t)]
+        buffers = transformer_engine.weight_buffers(module)
+        return frozenset(t.untyped_storage().data_ptr() for t in (*plain, *buffers))
 
     def hidden(self, args: Args, kwargs: Kwargs) -> Tensor:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]

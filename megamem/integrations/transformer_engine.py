@@ -6,6 +6,7 @@ Transformer Engine are annotated with their types here.
 
     installed, is_loaded         which release, with the remedy where it is missing or too old
     DelayedLinears               weight gradients of its linear layers, apart from their input gradients
+    must_stay, take_apart ...    what of its tensors may be moved, and how
 
 It is never imported for its own sake: what a model does not use is not loaded.
 """
@@ -32,6 +33,11 @@ from megamem.runtime.pipeline.weights import WeightQueue, WeightTask
 if TYPE_CHECKING:
     from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
     from transformer_engine.pytorch.module._common import WeightGradStore
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Tensor
+    from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Tensor
     from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
     from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
@@ -356,3 +362,69 @@ def _buffers(tensors: Any) -> Iterator[Tensor]:
         yield from _buffers(storage.get_data_tensors())
     elif isinstance(tensors, Tensor):
         yield tensors
+
+
+# -- what layers save ------------------------------------------------------------------------------------------------
+
+
+def is_offloading() -> bool:
+    """Whether this runs inside Transformer Engine's own CPU offload, which has hooks of its own on what layers save."""
+    if not is_loaded():
+        return False
+    from transformer_engine.pytorch.cpu_offload import is_cpu_offload_enabled
+
+    return bool(is_cpu_offload_enabled())
+
+
+def is_quantized(tensor: object) -> bool:
+    """Whether a tensor only stands for others, the codes and scales of its values."""
+    if not is_loaded():
+        return False
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
+
+    return isinstance(tensor, QuantizedTensor)
+
+
+def must_stay(tensor: Tensor) -> bool:
+    """Whether a saved tensor must not be moved as it is: it has no memory of its own, or it is marked, as Transformer
+    Engine marks buffers that others write to."""
+    return is_quantized(tensor) or bool(getattr(tensor, NOT_TO_OFFLOAD, False))
+
+
+NOT_TO_OFFLOAD = "_TE_do_not_offload"
+"""The attribute that `mark_not_offload` sets."""
+
+
+def take_apart(tensor: Tensor) -> tuple[list[Tensor | None], Callable[[list[Tensor | None]], Tensor]] | None:
+    """The codes and scales behind a quantised activation, and what makes the activation of them again; else None.
+
+    Layers hand such activations on where attention computes in FP8 (`fp8_multi_head_attention`). What they make of
+    their inputs they save as plain codes and scales themselves.
+    """
+    if isinstance(tensor, Parameter) or not is_quantized(tensor):
+        return None
+    copy: Float8Tensor | Float8BlockwiseQTensor | MXFP8Tensor | NVFP4Tensor = tensor.detach()  # the saved one is in use
+    parts, _ = copy.prepare_for_saving()
+
+    def put_together(parts: list[Tensor | None]) -> Tensor:
+        copy.restore_from_saved(parts)
+        return copy
+
+    return list(parts), put_together
+
+
+def weight_buffers(module: Module) -> Iterator[Tensor]:
+    """The memory of quantised weights, and of the quantised copies of weights that layers keep from one microbatch to
+    the next, transposed ones included. Layers save both for their backward pass, and both are there anyway."""
+    if not is_loaded():
+        return
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    for part in module.modules():
+        yield from _buffers([weight for weight in part.parameters(recurse=False) if is_quantized(weight)])
+        if isinstance(part, TransformerEngineBaseModule):
+            yield from _buffers(_kept_copies(part))
+
+
+def _kept_copies(module: TransformerEngineBaseModule) -> list[Any]:
+    return list(module._fp8_workspaces.values())

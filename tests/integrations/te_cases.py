@@ -9,10 +9,11 @@ imported, or never. Prints one JSON object: what each case found, by its name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,9 +28,9 @@ OVERLAP: Fields = {"ddp": {"overlap_grad_reduce": True}}
 FUSED: Fields = {"gradient_accumulation_fusion": True}
 
 
-def fp8(recipe: str) -> Fields:
+def fp8(recipe: str, **config: Any) -> Fields:
     """Model fields for FP8."""
-    return {"dtype": "bfloat16", "config": {"fp8": "hybrid", "fp8_recipe": recipe}}
+    return {"dtype": "bfloat16", "config": {"fp8": "hybrid", "fp8_recipe": recipe, **config}}
 
 
 class FusedOnCpu:
@@ -105,7 +106,7 @@ def refused(fields: Fields, name: str, attribute: str, value: Any) -> Fields:
 
     case = make_case(fields, {})
     chunks = pipeline.build_pipeline(case)
-    for module in layers_of(chunks):
+    for module in layers_of(chunks) if attribute else []:
         setattr(module, attribute, value)
     with enable({"schedule": {"name": name}}):
         try:
@@ -114,6 +115,86 @@ def refused(fields: Fields, name: str, attribute: str, value: Any) -> Fields:
             return {"error": f"{type(error).__name__}: {error}"}
     return {"error": ""}
 
+
+def swap(fields: Fields, activations: Fields, attention: str = "") -> Fields:
+    """Stock Megatron against an activation policy: what differs, what was swapped, and what was taken for a weight."""
+    from megamem.testing import pipeline
+
+    found: Fields = {}
+
+    def look(handle: Any) -> None:
+        found["swapped"] = handle.engine.stats.swapped_nbytes
+        known = next(iter(handle.engine._known.values()))
+        (signature,) = known.signatures.values()
+        packs = [(list(p.shape), str(p.dtype).removeprefix("torch."), p.entry >= 0) for p in signature.packs]
+        found["moved"] = [(shape, dtype) for shape, dtype, is_moved in packs if is_moved]
+        found["left"] = [(shape, dtype) for shape, dtype, is_moved in packs if not is_moved]
+
+    with attention_that(attention):
+        case = make_case(fields, {"steps": 2})
+        stock = pipeline.train_pipeline(case)
+        ours = pipeline.train_pipeline(case, config={"activations": activations}, inspect=look)
+    return {**found, "differences": ours.differences(stock)}
+
+
+@contextlib.contextmanager
+def attention_that(does: str) -> Iterator[None]:
+    """Core attention that hands its output on in FP8, as Transformer Engine's does with fp8_mha, or marks a buffer."""
+    import torch
+    from transformer_engine.pytorch.cpu_offload import mark_not_offload
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+
+    from megamem.integrations.local_spec import FlashAttention
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            buffer = torch.full((5, 7), 2.0)
+            mark_not_offload(buffer)
+            ctx.save_for_backward(buffer)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient * ctx.saved_tensors[0][0, 0]
+
+    forward = FlashAttention.forward
+    extension = sys.modules["transformer_engine_torch"]
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if does == "quantises":
+            return Float8CurrentScalingQuantizer(extension.DType.kFloat8E4M3, device="cpu")(output)
+        return Marked.apply(output) if does == "marks" else output
+
+    with mock.patch.object(FlashAttention, "forward", changed):
+        yield
+
+
+def inside_offload(fields: Fields) -> Fields:
+    """A layer that runs inside Transformer Engine's own CPU offload: the error."""
+    import torch
+    from transformer_engine.pytorch.cpu_offload import get_cpu_offload_context
+
+    from megamem.errors import MegamemError
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing import models
+
+    case = make_case(fields, {}).gpt
+    with enable({"activations": {"policy": "memo"}}):
+        layer = models.unwrap(models.build_gpt(case)[0]).decoder.layers[0]
+        context, _ = get_cpu_offload_context(enabled=True, num_layers=1, model_layers=3)
+        try:
+            with context:
+                layer(torch.randn(case.sequence, case.microbatch, case.hidden, requires_grad=True), None)
+        except MegamemError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": ""}
+
+
+WHOLE: Fields = {"policy": "memo", "keep_last_layers": 0}
+WIDE: Fields = {"sequence": 24, "layers": 3, "hidden": 128, "ffn": 256, "dtype": "bfloat16"}
+LONG: Fields = {"sequence": 24, "layers": 3}  # 48 tokens: no dimension of a weight
 
 CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
     "llama": (2, split, ({**LLAMA, "pp": 2}, {}, "zb-h1")),
@@ -125,6 +206,18 @@ CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
     "fused accumulation": (2, split, ({**GPT, "pp": 2, "config": FUSED}, OVERLAP, "zb-h1")),
     "whole backward passes": (2, split, ({**LLAMA, "pp": 2}, {}, "1f1b")),
     "sequence parallel": (4, split, ({**GPT, "pp": 2, "tp": 2, "sp": True}, OVERLAP, "zb-h1")),
+    "swapped": (1, swap, ({**LLAMA, **LONG}, WHOLE)),
+    "half rebuilt": (1, swap, ({**LLAMA, **LONG}, {**WHOLE, "swap_fraction": 0.5})),
+    "rebuilt": (1, swap, ({**GPT, **LONG, "dtype": "bfloat16"}, {"policy": "recompute"})),
+    "swapped fp8 tensorwise": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise")}, WHOLE)),
+    "swapped fp8 delayed": (1, swap, ({**GPT, **LONG, **fp8("delayed")}, WHOLE)),
+    "compressed": (1, swap, ({**LLAMA, **WIDE}, {**WHOLE, "compress": "fp8"})),
+    "compressed fp8": (1, swap, ({**LLAMA, **WIDE, **fp8("tensorwise")}, {**WHOLE, "compress": "fp8"})),
+    "fp8 out of attention": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise")}, WHOLE, "quantises")),
+    "a marked buffer": (1, swap, ({**LLAMA, **LONG}, WHOLE, "marks")),
+    "fp8 weights": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise", fp8_param=True)}, WHOLE)),
+    "fp8 weights apart": (2, refused, ({**LLAMA, "pp": 2, **fp8("tensorwise", fp8_param=True)}, "zb-h1", "", None)),
+    "inside the other offload": (1, inside_offload, ({**LLAMA, **LONG},)),
     "tp_comm_overlap": (2, refused, ({**LLAMA, "pp": 2}, "zb-h1", "ub_bulk_wgrad", True)),
 }
 

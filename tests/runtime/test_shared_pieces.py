@@ -16,7 +16,9 @@ from megamem.runtime.activations.recipe import Recipe, Situation, make_recipe  #
 from megamem.runtime.activations.signature import Signature, survey  # noqa: E402
 
 TOKENS = 16
-LAYER: Any = SimpleNamespace(number=1, attention=None, experts=None, parameter_storages=frozenset)
+LAYER: Any = SimpleNamespace(
+    number=1, attention=None, experts=None, parameter_storages=frozenset, must_stay=lambda tensor: False
+)
 CAPTURE: Any = SimpleNamespace(layer=LAYER, output=lambda path: None)
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megamem.errors import ActivationError
 from megamem.runtime.activations.geometry import Geometry
-from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, first_tensor, tensors_of
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, PutTogether, first_tensor, tensors_of
 
 _current_task = torch._C._current_graph_task_id
+_unpack = methodcaller("unpack")
+_PLAIN = frozenset((Tensor, Parameter))
 
 
 class Source(Protocol):
@@ -99,6 +103,19 @@ class Handle:
         return memory if geometry is None else geometry.view(memory)
 
 
+class Composite:
+    """What autograd holds instead of a tensor that only stands for others: a handle for each of these."""
+
+    __slots__ = ("handles", "put_together")
+
+    def __init__(self, handles: list[Handle | None], put_together: PutTogether) -> None:
+        self.handles, self.put_together = handles, put_together
+
+    def unpack(self) -> Tensor:
+        """Give the tensor back, made of its parts."""
+        return self.put_together([None if handle is None else handle.unpack() for handle in self.handles])
+
+
 @dataclass(slots=True)
 class PartIO:
     """What went in and out of a part in one call."""
@@ -128,10 +145,16 @@ class Capture:
         watched = layer.parts.keys() if self._answered is None else self._answered
         if layer.has_dropout:
             self.random_states.append(layer.random_state())
-        with layer.watched(self._on_call, watched), torch.autograd.graph.saved_tensors_hooks(self._pack, Handle.unpack):
+        with layer.watched(self._on_call, watched), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             return call(*args, **kwargs)
 
-    def _pack(self, tensor: Tensor) -> Handle:
+    def _pack(self, tensor: Tensor) -> Handle | Composite:
+        if type(tensor) not in _PLAIN and (apart := self.layer.take_apart(tensor)) is not None:
+            parts, put_together = apart
+            return Composite([None if part is None else self._note(part) for part in parts], put_together)
+        return self._note(tensor)
+
+    def _note(self, tensor: Tensor) -> Handle:
         handle = Handle(tensor, self._stack[-1])
         self.handles.append(handle)
         return handle

@@ -235,7 +235,7 @@ class ActivationEngine:
         groups: dict[Region, list[Handle]] = {}
         for handle in routed:
             assert handle.tensor is not None
-            region = own_region(handle.tensor, parameters)
+            region = None if run.layer.must_stay(handle.tensor) else own_region(handle.tensor, parameters)
             if region is not None:
                 groups.setdefault(region, []).append(handle)
         if not groups:

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+PutTogether = Callable[[list[Tensor | None]], Tensor]
 PartCall = Callable[[str, Callable[..., Any], Args, Kwargs], Any]
 
 
@@ -67,6 +68,16 @@ class AbstractLayer(ABC):
     @abstractmethod
     def only_whole(self, args: Args, kwargs: Kwargs) -> str | None:
         """Why a call with these arguments can be replayed on all tokens only; None where it can be cut."""
+
+    def must_stay(self, tensor: Tensor) -> bool:
+        """Whether a tensor that the layer saves must not be moved, whatever the plan says. Asked when it is learned."""
+        del tensor
+        return False
+
+    def take_apart(self, tensor: Tensor) -> tuple[list[Tensor | None], PutTogether] | None:
+        """For a tensor subclass that only stands for other tensors: these, and what makes it of them again."""
+        del tensor
+        return None
 
     @abstractmethod
     def parameter_storages(self) -> frozenset[int]:

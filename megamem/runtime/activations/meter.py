@@ -56,7 +56,7 @@ class ActivationMeter:
             storage = tensor.untyped_storage()
             if not tensor.is_leaf:  # an operator must not hold itself by its output
                 tensor = tensor.detach()
-            if storage.data_ptr() in parameters or storage.nbytes() == 0:
+            if storage.nbytes() == 0 or storage.data_ptr() in parameters:
                 return tensor
             held = self._hold(tensor, storage)
             seen.append(weakref.ref(held))

@@ -145,7 +145,7 @@ def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signa
     parameters = layer.parameter_storages()
     attention_output = capture.output(layer.attention)
     names: dict[Region | None, str] = {}
-    if attention_output is not None:
+    if attention_output is not None and not layer.must_stay(attention_output):
         names[region_of(attention_output)] = "attention_output"
     names[region_of(hidden)] = "layer_input"
     by_region: dict[Region, int] = {}
@@ -153,7 +153,7 @@ def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signa
     for position, handle in enumerate(fixed):
         tensor = handle.tensor
         assert tensor is not None
-        region = own_region(tensor, parameters)
+        region = None if layer.must_stay(tensor) else own_region(tensor, parameters)
         spec = PackSpec(tensor.shape, tensor.stride(), tensor.dtype, -1, None, tensor.is_contiguous())
         if region is not None:
             index = by_region.get(region)
@@ -196,9 +196,9 @@ def _find_weaves(signature: Signature, regions: dict[int, Region]) -> None:
 
 def own_region(tensor: Tensor, parameters: frozenset[int]) -> Region | None:
     """The region of a tensor that may be moved; None for parameters, for storage that the trainer emptied, for views
-    that cannot be compacted, and for scalars."""
+    that cannot be compacted, and for single numbers, which are not worth a copy."""
     storage = tensor.untyped_storage()
-    if tensor.dim() == 0 or storage.nbytes() == 0 or storage.data_ptr() in parameters:
+    if tensor.numel() <= 1 or storage.nbytes() == 0 or storage.data_ptr() in parameters:
         return None
     return region_of(tensor)
 
