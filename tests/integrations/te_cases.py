@@ -193,7 +193,6 @@ def inside_offload(fields: Fields) -> Fields:
 
 
 WHOLE: Fields = {"policy": "memo", "keep_last_layers": 0}
-WIDE: Fields = {"sequence": 24, "layers": 3, "hidden": 128, "ffn": 256, "dtype": "bfloat16"}
 LONG: Fields = {"sequence": 24, "layers": 3}  # 48 tokens: no dimension of a weight
 
 CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
@@ -211,8 +210,6 @@ CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
     "rebuilt": (1, swap, ({**GPT, **LONG, "dtype": "bfloat16"}, {"policy": "recompute"})),
     "swapped fp8 tensorwise": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise")}, WHOLE)),
     "swapped fp8 delayed": (1, swap, ({**GPT, **LONG, **fp8("delayed")}, WHOLE)),
-    "compressed": (1, swap, ({**LLAMA, **WIDE}, {**WHOLE, "compress": "fp8"})),
-    "compressed fp8": (1, swap, ({**LLAMA, **WIDE, **fp8("tensorwise")}, {**WHOLE, "compress": "fp8"})),
     "fp8 out of attention": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise")}, WHOLE, "quantises")),
     "a marked buffer": (1, swap, ({**LLAMA, **LONG}, WHOLE, "marks")),
     "fp8 weights": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise", fp8_param=True)}, WHOLE)),

@@ -210,3 +210,20 @@ def test_any_fates_cover_every_token_once() -> None:
         assert len(recipe.segments) <= 7
         stops = [0, *(stop for _, stop in _spans(recipe))]
         assert all(start >= stop for (start, _), stop in zip(_spans(recipe), stops, strict=False))
+
+
+def test_codes_and_scales_travel_as_they_are() -> None:
+    """What is in another format than the layer's input is no activation; a codec would make it one."""
+    signature = _signature({"norm": [], "codes": [], "scales": []})
+    signature.dtype = torch.bfloat16
+    for pack, entry, dtype in zip(
+        signature.packs, signature.entries, (torch.bfloat16, torch.uint8, torch.float32), strict=True
+    ):
+        pack.shape, pack.dtype, entry.dtype = torch.Size((TOKENS, 512)), dtype, dtype
+    rule = LayerRule(fates=dict.fromkeys((*TENSORS, "norm", "codes", "scales"), Fate(fraction=1.0, codec="fp8")))
+    recipe = make_recipe(signature, rule, LAYER, Situation(TOKENS))
+    assert [piece.codec for load in recipe.loads for piece in load.pieces if piece.kind == "entry"] == [
+        "fp8",
+        None,
+        None,
+    ]

@@ -301,11 +301,12 @@ class _Maker:
         return PiecePlan("entry", plan.index, position, plan.tokens, plan.axis, geometry, spec.dims, codec=codec)
 
     def _codec(self, spec: EntrySpec) -> Codec | None:
-        """How the entry travels to host memory. As it is: statistics, with a number or two for each token, and what
-        experts are given, which decides whom a token is sent to."""
+        """How the entry travels to host memory. As it is: statistics, with a number or two for each token; what is in
+        another format than activations are, such as codes and scales; and what experts are given, which decides whom a
+        token is sent to."""
         shape = self.signature.packs[spec.packs[0]].shape
         is_little = spec.name not in BASE and (len(shape) < 2 or shape[-1] < _LEAST_WIDTH)
-        if is_little or is_inside(spec.name, self.layer.experts):
+        if is_little or spec.dtype is not self.signature.dtype or is_inside(spec.name, self.layer.experts):
             return None
         return self._fate(spec).codec
 

@@ -109,6 +109,7 @@ class Signature:
     whole_only: str | None = None  # why a part of the tokens cannot be replayed
     recipes: dict[tuple[str, bool, bool], Any] = field(default_factory=dict)  # what was made of it, by situation
     too_short: bool = False  # so few tokens that a part of them tells nothing of the rest
+    dtype: torch.dtype = torch.float32  # of the layer's input
     _expected: Any = None
 
     def matches(self, handles: list[Handle]) -> bool:
@@ -149,7 +150,7 @@ def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signa
         names[region_of(attention_output)] = "attention_output"
     names[region_of(hidden)] = "layer_input"
     by_region: dict[Region, int] = {}
-    signature = Signature(packs=[], entries=[])
+    signature = Signature(packs=[], entries=[], dtype=hidden.dtype)
     for position, handle in enumerate(fixed):
         tensor = handle.tensor
         assert tensor is not None
