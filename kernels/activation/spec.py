@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Function = Literal["silu", "gelu", "quick_gelu"]
+Function = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 
-FUNCTIONS: tuple[Function, ...] = ("silu", "gelu", "quick_gelu")
+FUNCTIONS: tuple[Function, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
     """f(x), or f(gate) (up + offset) with gate and up the two halves of x.
 
-    function:   all of them are x sigmoid(h(x)): silu, h = x; gelu in its tanh approximation, h = 2 sqrt(2 / pi)
-                (x + 0.044715 x^3); quick_gelu, h = 1.702 x
+    function:   all of them are x g(x) with a gate g between 0 and 1: silu, sigmoid(x); gelu, the normal distribution
+                function (1 + erf(x / sqrt(2))) / 2; gelu_tanh, sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), which is
+                the same with tanh; quick_gelu, sigmoid(1.702 x)
     gated:      SwiGLU, GeGLU and quick GeGLU have a gate (Shazeer, arXiv 2002.05202)
     clamp:      gate at most, and up within plus and minus, this; None: no limit
     offset:     added to up

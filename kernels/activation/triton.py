@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..block_codec import BlockFormat, Quantised
 from ..block_codec.triton import decode, encode_groups, needs_soft, tile_of_columns
-from .reference import CUBIC, ROOT, Source
+from .reference import CUBIC, DENSITY, HALF_ROOT, INSIDE, ROOT, Source
 from .spec import Activation
 
 _TILE = 4096  # elements of a half that a program holds
@@ -24,18 +24,24 @@ LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 _PLAIN = BlockFormat()  # how a row is cut where nothing is coded
 
 _TWO_ROOT, _TWO_CUBIC = tl.constexpr(2.0 * ROOT), tl.constexpr(2.0 * CUBIC)
+_HALF_ROOT, _DENSITY = tl.constexpr(HALF_ROOT), tl.constexpr(DENSITY)
 
 
 @triton.jit
-def sigmoid_and_slope(gate, function: tl.constexpr):
-    """sigmoid(h(gate)), and the derivative of h there."""
-    if function == "silu":
-        return tl.sigmoid(gate), 1.0
+def share_and_slope(gate, function: tl.constexpr):
+    """What part of x the function lets through, between 0 and 1, and its derivative."""
+    if function == "gelu":
+        return 0.5 + 0.5 * tl.erf(gate * _HALF_ROOT), tl.exp(gate * gate * -0.5) * _DENSITY
+    elif function == "silu":
+        share = tl.sigmoid(gate)
+        return share, share * (1.0 - share)
     elif function == "quick_gelu":
-        return tl.sigmoid(1.702 * gate), 1.702
+        share = tl.sigmoid(1.702 * gate)
+        return share, share * (1.0 - share) * 1.702
     else:
         square = gate * gate
-        return tl.sigmoid(gate * _TWO_ROOT * (1.0 + square * 0.044715)), square * _TWO_CUBIC + _TWO_ROOT
+        share = tl.sigmoid(gate * _TWO_ROOT * (1.0 + square * 0.044715))
+        return share, share * (1.0 - share) * (square * _TWO_CUBIC + _TWO_ROOT)
 
 
 @triton.jit
@@ -66,9 +72,24 @@ def limit(gate, up, clamp, has_clamp: tl.constexpr):
 
 
 @triton.jit
+def on_its_side(value, clamp, inside, both: tl.constexpr, has_clamp: tl.constexpr):
+    """What is coded in place of a half, so that decoding takes nothing across the clamp; see `reference`."""
+    if has_clamp:
+        within = tl.where(value > inside * clamp, inside * clamp, value)
+        if both:
+            within = tl.where(within < -inside * clamp, -inside * clamp, within)
+        coded = tl.where(value > clamp, 1.25 * clamp, within)
+        if both:
+            coded = tl.where(value < -clamp, -1.25 * clamp, coded)
+        return coded
+    else:
+        return value
+
+
+@triton.jit
 def activation_kernel(
-    source, scales, bias, weights, output, codes, code_scales, num_groups, width, stride, clamp, offset,
-    coded: tl.constexpr, has_bias: tl.constexpr, has_weights: tl.constexpr, stores: tl.constexpr,
+    source, scales, bias, weights, output, codes, code_scales, num_groups, width, stride, clamp, inside,
+    offset, coded: tl.constexpr, has_bias: tl.constexpr, has_weights: tl.constexpr, stores: tl.constexpr,
     function: tl.constexpr, halves: tl.constexpr, has_clamp: tl.constexpr, group: tl.constexpr, padded: tl.constexpr,
     block: tl.constexpr, element: tl.constexpr, power_of_two: tl.constexpr, soft: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +102,7 @@ def activation_kernel(
         soft, halves,
     )  # fmt: skip
     if stores:
-        code, scale = encode_groups(gate, element, power_of_two, soft)
+        code, scale = encode_groups(on_its_side(gate, clamp, inside, False, has_clamp), element, power_of_two, soft)
         tl.store(codes + row * halves * width + column, code, mask=is_inside)
         tl.store(code_scales + row * halves * num_groups + index, scale, mask=index < num_groups)
     if halves == 2:
@@ -90,15 +111,15 @@ def activation_kernel(
             soft, halves,
         )  # fmt: skip
         if stores:
-            code, scale = encode_groups(up, element, power_of_two, soft)
+            code, scale = encode_groups(on_its_side(up, clamp, inside, True, has_clamp), element, power_of_two, soft)
             tl.store(codes + (row * 2 + 1) * width + column, code, mask=is_inside)
             tl.store(code_scales + (row * 2 + 1) * num_groups + index, scale, mask=index < num_groups)
         gate, up = limit(gate, up, clamp, has_clamp)
-        sigmoid, _ = sigmoid_and_slope(gate, function)
-        result = gate * sigmoid * (up + offset)
+        share, _ = share_and_slope(gate, function)
+        result = gate * share * (up + offset)
     else:
-        sigmoid, _ = sigmoid_and_slope(gate, function)
-        result = gate * sigmoid
+        share, _ = share_and_slope(gate, function)
+        result = gate * share
     if has_weights:
         result *= tl.load(weights + row).to(tl.float32)
     tl.store(output + row * width + column, result.to(output.dtype.element_ty), mask=is_inside)
@@ -129,15 +150,15 @@ def activation_backward_kernel(
         )  # fmt: skip
         gate, up = limit(raw_gate, raw_up, clamp, has_clamp)
         factor = up + offset
-    sigmoid, inner = sigmoid_and_slope(gate, function)
-    value = gate * sigmoid
-    slope = sigmoid + value * (1.0 - sigmoid) * inner
+    share, share_slope = share_and_slope(gate, function)
+    value = gate * share
+    slope = share + gate * share_slope
     if has_weights:
         unweighted = value
         if halves == 2:
             unweighted = value * factor
-        share = tl.sum(tl.sum(tl.where(is_inside, unweighted * upstream, 0.0), 1), 0)
-        tl.store(weights_gradient + row * tl.num_programs(1) + tl.program_id(1), share)
+        part = tl.sum(tl.sum(tl.where(is_inside, unweighted * upstream, 0.0), 1), 0)
+        tl.store(weights_gradient + row * tl.num_programs(1) + tl.program_id(1), part)
         upstream *= tl.load(weights + row).to(tl.float32)
     if halves == 2:
         gate_gradient = upstream * slope * factor
@@ -155,8 +176,8 @@ def activation_backward_kernel(
 def _forward_operator(
     output_TF: torch.Tensor, codes_THF: torch.Tensor | None, code_scales_THG: torch.Tensor | None,
     source_THF: torch.Tensor, scales_THG: torch.Tensor | None, bias_HF: torch.Tensor | None,
-    weights_T1: torch.Tensor | None, function: str, clamp: float | None, offset: float, element: str, group: int,
-    power_of_two: bool, soft: bool,
+    weights_T1: torch.Tensor | None, function: str, clamp: float | None, inside: float, offset: float, element: str,
+    group: int, power_of_two: bool, soft: bool,
 ) -> None:  # fmt: skip
     num_tokens, halves, width = source_THF.shape
     if not source_THF.numel():
@@ -164,7 +185,7 @@ def _forward_operator(
     num_groups, padded, block = _tile(width, group)
     activation_kernel[(num_tokens, triton.cdiv(num_groups, block))](
         source_THF, scales_THG, bias_HF, weights_T1, output_TF, codes_THF, code_scales_THG, num_groups, width,
-        source_THF.stride(0), clamp or 0.0, offset, coded=scales_THG is not None, has_bias=bias_HF is not None,
+        source_THF.stride(0), clamp or 0.0, inside, offset, coded=scales_THG is not None, has_bias=bias_HF is not None,
         has_weights=weights_T1 is not None, stores=codes_THF is not None, function=function, halves=halves,
         has_clamp=clamp is not None, group=group, padded=padded, block=block, element=element,
         power_of_two=power_of_two, soft=soft, **LAUNCH,
@@ -242,7 +263,8 @@ def _run_forward(
     cut = format or _PLAIN
     _forward_operator(
         output_TF, codes_THF, code_scales_THG, source_THF, scales_THG, bias_HF, weights_T1, activation.function,
-        activation.clamp, activation.offset, cut.element, cut.group, cut.power_of_two, needs_soft(output_TF.device),
+        activation.clamp, INSIDE[cut.element], activation.offset, cut.element, cut.group, cut.power_of_two,
+        needs_soft(output_TF.device),
     )  # fmt: skip
 
 

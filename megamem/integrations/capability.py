@@ -53,12 +53,12 @@ class Capability(ABC):
     def on_layer_built(self, layer: Module) -> None:  # noqa: B027 - most need none
         """A transformer layer was constructed. Raises UnsupportedError where it does not go with the capability."""
 
-    def around_layer(self, layer: Module) -> AbstractContextManager[None] | None:
+    def around_layer(self, layer: Module, *, is_replay: bool) -> AbstractContextManager[None] | None:
         """What surrounds a transformer layer while it runs forward, and while it is replayed; None: nothing.
 
         Called only where the patches of layers are among the capability's group.
         """
-        del layer
+        del layer, is_replay
         return None
 
     def problems(self, chunks: Sequence[Module]) -> list[str]:

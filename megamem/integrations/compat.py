@@ -39,6 +39,13 @@ def is_moe_layer(layer: Any) -> bool:
     return isinstance(getattr(layer, "mlp", None), MoELayer)
 
 
+def is_quick_gelu(function: Any) -> bool:
+    """Whether an activation function is Megatron's quick GELU, of which there is a second one since 0.18."""
+    from megatron.core.fusions import fused_bias_geglu
+
+    return function is fused_bias_geglu.quick_gelu or getattr(function, "__name__", "") == "quick_gelu"
+
+
 def submodules(spec: Any) -> Any:
     """What a module is built of, from its spec. Since 0.18 that of an MLP is a `functools.partial` of its builder."""
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules

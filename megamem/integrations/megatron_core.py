@@ -181,9 +181,10 @@ class Session(AbstractSession):
                 return self.meter.run_layer(layer, forward, args, kwargs)
             return forward(layer, *args, **kwargs)
 
-    def around_layer(self, layer: Module) -> AbstractContextManager[None]:
+    def around_layer(self, layer: Module, *, is_replay: bool = False) -> AbstractContextManager[None]:
         """What the capabilities do while a layer runs, in a step or once more in a replay."""
-        contexts = [context for item in self.capabilities if (context := item.around_layer(layer)) is not None]
+        found = [item.around_layer(layer, is_replay=is_replay) for item in self.capabilities]
+        contexts = [context for context in found if context is not None]
         return contexts[0] if len(contexts) == 1 else _nested(contexts)
 
     def _run_in_engine(
@@ -192,7 +193,7 @@ class Session(AbstractSession):
         known = self._layers.get(layer)
         if known is None:
             check_layer(layer, self.config)
-            known = self._layers[layer] = MegatronLayer(layer, self.around_layer)
+            known = self._layers[layer] = MegatronLayer(layer, partial(self.around_layer, is_replay=True))
         if self.engine is None:
             self.engine = self._build_engine(layer, known.hidden(args, kwargs))
         if self.schedule is None or not self.schedule.offloads:

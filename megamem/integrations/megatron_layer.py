@@ -33,7 +33,7 @@ class MegatronLayer(AbstractLayer):
     """
 
     def __init__(self, module: Module, around: Callable[[Module], AbstractContextManager[None]] | None = None) -> None:
-        """`around`: what surrounds the layer while it runs, and so has to surround its replays."""
+        """`around`: what has to surround the layer's replays, because something surrounds it while it runs."""
         self._around = around
         self._reference = weakref.ref(module)  # whoever knows a layer by its module must not keep the module alive
         self._experts = "mlp" if compat.is_moe_layer(module) else None

@@ -7,10 +7,10 @@
                backward pass
 
 Two seams. Megatron's fused activation functions are replaced by `megamem.kernels.activation` wherever they are called:
-in MLPs, in experts, in shared experts. And while a layer runs, its norms are computed by `megamem.kernels.norm`, and
-each block that consumes an output is watched: attention, the MLP, and every MLP of an expert. What the block's own
-functions saved goes through autograd like everything else, so the activation engine, around all this, keeps, swaps or
-rebuilds codes as it does any other tensor; and a replay does the same as the forward pass did.
+in MLPs, in experts, in shared experts (`activation_functions`). And while a layer runs, its norms are computed by
+`megamem.kernels.norm`, and each block that consumes an output is watched: attention, the MLP, and every MLP of an
+expert. What is saved goes through autograd like everything else, so the activation engine, around all this, keeps,
+swaps or rebuilds codes as it does any other tensor; and a replay does the same as the forward pass did.
 
 The forward pass is that of stock Megatron to rounding (activation functions are rounded once, not after each of their
 operations). Of a model under `no_grad` nothing is saved, and it computes the same.
@@ -19,7 +19,7 @@ operations). Of a model under `no_grad` nothing is saved, and it computes the sa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
@@ -31,12 +31,13 @@ from torch.nn import Module
 
 from megamem.errors import UnsupportedError
 from megamem.integrations import compat
+from megamem.integrations.activation_functions import activation_problems, as_if_fused, read_call
 from megamem.integrations.capability import Capability
 from megamem.integrations.norms import NormSettings, read_norm
 from megamem.integrations.report import mib
 from megamem.kernels import activation as activation_kernels
 from megamem.kernels import norm as norm_kernels
-from megamem.kernels.activation import Activation, activate
+from megamem.kernels.activation import activate
 from megamem.kernels.block_codec import BlockFormat
 from megamem.patches import GROUPS
 from megamem.patches.registry import Patch
@@ -49,18 +50,6 @@ _CONSUMERS = {"input_layernorm": "self_attention", "pre_mlp_layernorm": "mlp"}
 """Whose input a layer's norm is."""
 
 _GROUPED = ("GroupedMLP", "TEGroupedMLP")  # all experts at once; by name, because releases have one, the other or both
-
-_FUNCTIONS: Mapping[str, tuple[tuple[str, ...], Activation]] = {
-    "bias_swiglu_impl": (("input", "bias"), Activation(function="silu")),
-    "weighted_bias_swiglu_impl": (("input", "bias", "weights"), Activation(function="silu")),
-    "bias_geglu_impl": (("input", "bias"), Activation(function="gelu")),
-    "bias_gelu_impl": (("input", "bias"), Activation(function="gelu", gated=False)),
-    "weighted_bias_quick_geglu_impl": (
-        ("input", "bias", "weights", "fp8_input_store", "linear_offset", "clamp_value"),
-        Activation(function="quick_gelu"),
-    ),
-}
-"""Megatron's fused activation functions: names of their first arguments, in order, and what they compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +86,20 @@ class _Blocks:
 
     norms: dict[str, tuple[Module, NormSettings]] = field(default_factory=dict)
     modules: dict[str, Module] = field(default_factory=dict)
+    configs: dict[int, Any] = field(default_factory=dict)  # of its MLPs, by their ids
     num_left: int = 0
+
+
+_Made = tuple[Tensor, Callable[[Tensor], None]]
+"""An output, and what writes it once more."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """A block that runs now: the configuration of an MLP that is not fused by itself, and the outputs made so far."""
+
+    unfused: Any | None
+    made: list[_Made] = field(default_factory=list)
 
 
 @final
@@ -121,7 +123,8 @@ class SavedActivations(Capability, AbstractActivations):
         self._num_steps = self._num_layers = self._num_calls = 0
         self._input_nbytes = self._kept_nbytes = self._discarded_nbytes = 0
         self._blocks: weakref.WeakKeyDictionary[Module, _Blocks] = weakref.WeakKeyDictionary()
-        self._made: list[list[tuple[Tensor, Callable[[Tensor], None]]]] = []  # outputs made in the blocks that run now
+        self._running: list[_Block] = []  # within one another
+        self._is_replay = False
 
     def patches(self) -> Sequence[Patch]:
         return [patch.bound(self) for patch in GROUPS["fp8.activations"]]
@@ -140,11 +143,12 @@ class SavedActivations(Capability, AbstractActivations):
             raise UnsupportedError(f"{self.OPTION}: {self.options.saved_activations}: " + "; ".join(problems))
 
     @contextmanager
-    def around_layer(self, layer: Module) -> Iterator[None]:
+    def around_layer(self, layer: Module, *, is_replay: bool) -> Iterator[None]:
         blocks = self._blocks.get(layer)
         if blocks is None:
             blocks = self._blocks[layer] = _blocks_of(layer)
-        outputs: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {}  # of norms, by the block that consumes them
+        unfused = [config for config in blocks.configs.values() if not config.bias_activation_fusion]
+        outputs: dict[str, _Made] = {}  # of norms, by the block that consumes them
 
         def on_call(path: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
             if path in blocks.norms:
@@ -153,47 +157,49 @@ class SavedActivations(Capability, AbstractActivations):
                 if output.requires_grad:
                     outputs[_CONSUMERS[path]] = output, norm_kernels.rebuilder(output)
                 return output
-            self._made.append([])
+            config = getattr(blocks.modules[path], "config", None)
+            block = _Block(next((known for known in unfused if known is config), None))
+            self._running.append(block)
             try:
                 result = original(*args, **kwargs)
             finally:
-                made = self._made.pop()
+                self._running.pop()
             if path in outputs:
-                made.append(outputs.pop(path))
-            if (consumed := first_tensor(result)) is not None:
-                self._discarded_nbytes += sum(discard(kept, rebuild, consumed) for kept, rebuild in made)
+                block.made.append(outputs.pop(path))
+            if (consumed := first_tensor(result)) is not None and not self._is_replay:
+                self._discarded_nbytes += sum(discard(kept, rebuild, consumed) for kept, rebuild in block.made)
             return result
 
-        with watching(blocks.modules, on_call):
-            yield
+        before, self._is_replay = self._is_replay, is_replay
+        try:
+            with as_if_fused(unfused), watching(blocks.modules, on_call):
+                yield
+        finally:
+            self._is_replay = before
 
     def _run_norm(self, module: Module, norm: NormSettings, hidden: Tensor) -> Tensor:
-        return self._counted(norm.run(module, hidden, self._norm_format), hidden, hidden.shape, self._norm_format)
+        output = norm.run(module, hidden, self._norm_format)
+        self._count(output, hidden, hidden.shape, self._norm_format)
+        return output
 
     def run_activation(
         self, name: str, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        names, activation = _FUNCTIONS[name]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("clamp_value") is not None or given.get("linear_offset"):
-            activation = Activation(
-                function=activation.function, clamp=given.get("clamp_value"), offset=given.get("linear_offset", 0.0)
-            )
-        source, bias, weights = given["input"], given["bias"], given.get("weights")
-        # Megatron's functions take the weights of [s, b, f] inputs as [s b, 1].
-        weights = None if weights is None else weights.reshape(*source.shape[:-1], 1)
-        output = activate(source, activation, bias=bias, weights=weights, format=self._activation_format)
-        halves = (*source.shape[:-1], activation.halves, source.shape[-1] // activation.halves)
-        if self._made and output.requires_grad:
-            self._made[-1].append((output, activation_kernels.rebuilder(output)))
-        return self._counted(output, source, halves, self._activation_format)
-
-    def _counted(self, output: Tensor, source: Tensor, shape: tuple[int, ...], format: BlockFormat | None) -> Tensor:
-        self._num_calls += 1
+        block = self._running[-1] if self._running else _Block(None)
+        call = read_call(name, args, kwargs, block.unfused)
+        output = activate(
+            call.input, call.activation, bias=call.bias, weights=call.weights, format=self._activation_format
+        )
         if output.requires_grad:
+            block.made.append((output, activation_kernels.rebuilder(output)))
+        self._count(output, call.input, call.halves, self._activation_format)
+        return output
+
+    def _count(self, output: Tensor, source: Tensor, shape: tuple[int, ...], format: BlockFormat | None) -> None:
+        self._num_calls += 1
+        if output.requires_grad and not self._is_replay:
             self._input_nbytes += source.nbytes
             self._kept_nbytes += source.nbytes if format is None else format.nbytes(shape)
-        return output
 
     def end_step(self) -> None:
         self._num_steps += 1
@@ -232,7 +238,7 @@ class SavedActivations(Capability, AbstractActivations):
             yield "activation_func_fp8_input_store does the same without scales; switch it off"
         if getattr(config, "overlap_moe_expert_parallel_comm", False):
             yield "overlap_moe_expert_parallel_comm runs the parts of a layer on its own schedule; switch it off"
-        yield from _activation_problems(config)
+        yield from activation_problems(layer)
         blocks = _blocks_of(layer)
         if self._norm_format is not None and not blocks.norms:
             yield (
@@ -242,17 +248,6 @@ class SavedActivations(Capability, AbstractActivations):
         hidden = int(config.hidden_size)
         if blocks.norms and hidden > norm_kernels.MAX_WIDTH and torch.cuda.is_available():
             yield f"hidden_size {hidden} is more than {norm_kernels.MAX_WIDTH}, the widest norm that the kernels take"
-
-
-def _activation_problems(config: Any) -> Iterator[str]:
-    """Why the MLPs of a model do not call a fused activation function."""
-    if getattr(config, "use_te_activation_func", False):
-        yield "use_te_activation_func computes activation functions in Transformer Engine; switch it off"
-    elif not config.bias_activation_fusion:
-        yield (
-            "activation functions that are not fused save what each of their operations needs; set "
-            "bias_activation_fusion (in Megatron-LM, leave --no-bias-swiglu-fusion and --no-bias-gelu-fusion out)"
-        )
 
 
 def _blocks_of(layer: Module) -> _Blocks:
@@ -270,4 +265,5 @@ def _blocks_of(layer: Module) -> _Blocks:
     for path, module in layer.named_modules():
         if isinstance(module, MLP) or type(module).__name__ in _GROUPED:
             blocks.modules[path] = module
+            blocks.configs[id(module.config)] = module.config
     return blocks

@@ -24,6 +24,8 @@ Fields = dict[str, Any]
 FP32 = 3e-6
 CODED = {"rebuild": FP32, "mlp": 6e-2, "all": 8e-2}
 SMALL: Fields = {"layers": 2, "config": {"bias_activation_fusion": True}}
+PLAIN: Fields = {"layers": 2}  # activation functions that Megatron does not fuse
+CLAMPED: Fields = {"config": {"activation_func_clamp_value": 0.3, "glu_linear_offset": 0.5}}
 GELU: Fields = {"activation": "gelu", "norm": "LayerNorm", "bias": True}
 MOE: Fields = {"experts": 4, "config": {"bias_activation_fusion": True, "moe_shared_expert_intermediate_size": 64}}
 CENTRED: Fields = {"config": {"bias_activation_fusion": True, "layernorm_zero_centered_gamma": True}}
@@ -58,8 +60,15 @@ def compared(fields: Fields, sections: Fields) -> tuple[float, dict[str, float],
         (1, {**SMALL, **MOE}),
         (2, {**SMALL, **MOE, "ep": 2}),
         (2, {**SMALL, "pp": 2}),
+        (1, PLAIN),
+        (1, {**PLAIN, **GELU}),
+        (1, {**PLAIN, **CLAMPED}),
+        (1, {**PLAIN, "experts": 4}),
     ],
-    ids=["llama", "gelu", "zero-centred", "tp2", "gelu tp2 sp", "moe", "moe ep2", "pp2"],
+    ids=[
+        *("llama", "gelu", "zero-centred", "tp2", "gelu tp2 sp", "moe", "moe ep2", "pp2"),
+        *("not fused", "gelu not fused", "clamped", "moe not fused"),
+    ],
 )
 def test_losses_and_gradients_are_stocks(dist: Dist, mode: str, ranks: int, fields: Fields) -> None:
     for loss, errors, report in dist(ranks)(compared, fields, fp8(mode)):
@@ -225,7 +234,7 @@ def on_and_off() -> dict[str, Any]:
     import megamem
     from megamem.testing.models import batches, build_gpt
 
-    case = start_case(**{**SMALL, "ddp": False})
+    case = start_case(**{**PLAIN, "ddp": False})
     before = fused_bias_swiglu.bias_swiglu_impl
     (chunk,) = build_gpt(case)
     (batch,) = batches(case, 1)
@@ -237,6 +246,8 @@ def on_and_off() -> dict[str, Any]:
     with megamem.enable(fp8("all")) as handle:
         report = handle.report
         found["patched"] = mlp.bias_swiglu_impl is not before
+        config = chunk.decoder.layers[0].config
+        fused = config.bias_activation_fusion
         with_gradient = logits()
         saved = report().fp8.input_nbytes
         with torch.no_grad():
@@ -250,6 +261,7 @@ def on_and_off() -> dict[str, Any]:
             torch.equal(parameter.grad, 2 * gradient)
             for parameter, gradient in zip(chunk.parameters(), first, strict=True)
         )
+        found["configured as before"] = config.bias_activation_fusion is fused is False
         found["no attributes"] = not any("forward" in vars(module) for module in chunk.modules())
     found["restored"] = mlp.bias_swiglu_impl is before is fused_bias_swiglu.bias_swiglu_impl
     return found
@@ -263,7 +275,7 @@ def test_it_leaves_nothing_behind(dist: Dist) -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Fields, str, str]] = {
-    "not fused": ({"bias_activation_fusion": False}, "mlp", "bias_activation_fusion"),
+    "another function": ({"bias_activation_fusion": False, "gated_linear_unit": False}, "mlp", "silu without a gate"),
     "Megatron's own": ({"activation_func_fp8_input_store": True}, "mlp", "without scales"),
     "full recomputation": (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, "all", "full"

@@ -122,11 +122,11 @@ def activation_cases() -> list[Case]:
     types = {
         **dict.fromkeys(("source", "output", "bias", "gradient", "input_gradient"), "*bf16"), "weights": "*fp32",
         "scales": "*fp32", "codes": "*u8", "code_scales": "*fp32", "weights_gradient": "*fp32", "clamp": "fp32",
-        "offset": "fp32",
+        "inside": "fp32", "offset": "fp32",
     }  # fmt: skip
     aligned = ("width", "stride")
     cases = []
-    for function, whole, coded in (("silu", False, False), ("silu", False, True), ("gelu", True, True)):
+    for function, whole, coded in (("silu", False, False), ("silu", False, True), ("gelu_tanh", True, True)):
         for soft in (False, True):
             shape = {
                 "coded": coded, "has_bias": whole and not coded, "has_weights": whole, "function": function,
