@@ -27,6 +27,7 @@ NAMES = (
     "linear_cross_entropy",
     "pipeline_loop",
     "allocation_solvers",
+    "arena",
 )
 
 pytestmark = pytest.mark.megatron
