@@ -20,11 +20,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megamem.errors import MegamemError
 from megamem.ir.arena import ArenaPlan, Freed, StepRequests
 from megamem.native.arena import ArenaCounters, Event
 from megamem.runtime.arena_front_ends import FrontEnd
+from megamem.runtime.arena_snapshot import snapshot_of
 
 _LOG = logging.getLogger("megamem")
 
@@ -207,6 +209,11 @@ class StaticAllocator:
     def record_history(self, max_events: int | None = 1 << 20) -> None:
         """Keep the last `max_events` mallocs and frees for `snapshot`; None ends it. Takes effect at the next step."""
         self.history = None if max_events is None else deque(maxlen=max_events)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The arena now, and the history, in the form of PyTorch's memory snapshots (see `arena_snapshot`)."""
+        core = self.front_end.core
+        return snapshot_of(core, [*(self.history or ()), *(core.events() if self.history is not None else ())])
 
     def close(self) -> None:
         """Serve no more; the arena's memory is given back with its last block."""

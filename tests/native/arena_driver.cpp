@@ -1,4 +1,4 @@
-// Tests the arena's core from C++, so that sanitizers see it. Built and run by test_arena.py and ci/bench/arena.py.
+// Tests the arena's core from C++, so that sanitizers see it. Built and run by test_arena_core.py and ci/bench/arena.py.
 //
 //   arena_driver fuzz SEED COUNT       random traces, mutated between plan and replay; malformed plans among them
 //   arena_driver threads SEED COUNT    four threads ask one arena at once
