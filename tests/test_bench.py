@@ -28,6 +28,7 @@ NAMES = (
     "pipeline_loop",
     "allocation_solvers",
     "arena",
+    "gpu_allocator",
 )
 
 pytestmark = pytest.mark.megatron
@@ -134,6 +135,24 @@ def test_allocation_solvers(tmp_path: Path) -> None:
         assert all(found["peak"] >= trace["lower_bound"] for found in trace["solvers"].values())
         assert trace["levels"]["lower_bound_ratio"] >= 1.0
     assert not [target["what"] for target in results["targets"] if not target["met"]]
+
+
+def test_arena(tmp_path: Path) -> None:
+    results = run("arena", tmp_path / "out.json")
+    for found in results["core"]["ns_per_pair"].values():
+        check_summary(found)
+    assert results["fuzz"]["traces"] == 300 and results["fuzz"]["served"] > 3000
+    for name, job in results["jobs"]["jobs"].items():
+        assert job["losses_equal"] and job["planned_peak_bytes"] >= job["lower_bound_bytes"] > 0
+        assert job["served_bytes_share"] > (0.3 if name == "experts" else 0.9)
+
+
+def test_gpu_allocator_runs_on_a_cpu(tmp_path: Path) -> None:
+    cells = ("--cells", "dense", "--contenders", "native,arena")
+    results = run("gpu_allocator", tmp_path / "out.json", "--device", "cpu", *cells)
+    native, arena = (results["cells"]["dense"]["contenders"][name] for name in ("native", "arena"))
+    assert native["status"] == arena["status"] == "ok" and native["digest"] == arena["digest"]
+    assert arena["arena"]["served_bytes_share"] > 0.9 and arena["arena"]["fallbacks"] == 0
 
 
 def test_vocabulary_schedules(tmp_path: Path) -> None:
