@@ -127,11 +127,12 @@ class PlannedMemory(Capability):
 
 def _kind_of_step(arguments: Mapping[str, Any], trains: bool) -> str:
     model = arguments["model"]
+    chunks = len(model) if isinstance(model, list) else 1
     sizes = [arguments.get(name) for name in ("seq_length", "decoder_seq_length")]
     tokens = "/".join(str(size) for size in dict.fromkeys(sizes) if size is not None)
     return (
         f"{'training' if trains else 'evaluation'}, {arguments['num_microbatches']} microbatches of "
-        f"{arguments.get('micro_batch_size')} x {tokens} tokens, {len(model) if isinstance(model, list) else 1} chunks"
+        f"{arguments.get('micro_batch_size')} x {tokens} tokens{f', {chunks} chunks' if chunks > 1 else ''}"
     )
 
 

@@ -19,13 +19,12 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamem.errors import AllocationError, CapacityError
+from megamem.errors import AllocationError
 from megamem.ir.allocation import Buffer, Problem
 from megamem.ir.arena import ALIGNMENT, NATIVE, OPTIONAL, ArenaPlan, StepRequests
 from megamem.native.arena import align
 from megamem.planner.allocation.budget import Budget
-from megamem.planner.allocation.solver import Outcome, Solver
-from megamem.planner.allocation.sweep import Sweep
+from megamem.planner.allocation.solver import Outcome, Progress, Solver
 
 GOOD_ENOUGH = 1e-3
 """A plan within this share of the lower bound is not worth a longer search while all ranks wait."""
@@ -147,10 +146,10 @@ def plan_steps(
 
 def _solve(problem: Problem, solver: Solver, time_limit: float | None) -> Outcome:
     """The best of the time, or the first that is good enough."""
-    sweep = Sweep.of(problem)
-    enough = round(sweep.max_live * sweep.unit * (1 + GOOD_ENOUGH))
     budget = Budget(time_limit)
-    try:
-        return solver.solve(problem, capacity=enough, budget=budget)
-    except CapacityError:  # it is proven that there is nothing so good
-        return solver.solve(problem, budget=Budget(budget.remaining))
+
+    def stop_early(progress: Progress) -> None:
+        if progress.peak <= (1 + GOOD_ENOUGH) * progress.lower_bound:
+            budget.stop()
+
+    return solver.solve(problem, budget=budget, on_progress=stop_early)
