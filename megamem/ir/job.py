@@ -83,6 +83,7 @@ class Job:
     bf16:              weights and activations in bf16, gradients and optimizer states in fp32; else everything in fp32
     spec:              the layers: Transformer Engine's, or Megatron's local ones with megamem's attention and norms
     recompute:         Megatron's own recomputation, which megamem's activation policies take the place of
+    overlap:           gradients are reduced and weights gathered beside backward and forward passes
     """
 
     model: Model
@@ -93,6 +94,7 @@ class Job:
     bf16: bool = True
     spec: str = "transformer_engine"
     recompute: str = "none"
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "micro_batch_size", "global_batch_size"):

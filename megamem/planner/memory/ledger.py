@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megamem.ir.activation import BASE, EXPERTS, Fate, LayerRule
 from megamem.ir.schedule import Action
@@ -186,8 +187,7 @@ class _Courier:
         self.staging -= cargo.nbytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Moment:
+class Moment(NamedTuple):
     """What layers hold at one moment, by kind (`ir.plan.MEMORY_KINDS`)."""
 
     kept: int = 0
@@ -208,14 +208,16 @@ class Book:
     peak:    the moment of most memory
     metered: what `Handle.meter` shows of it: it looks at waiting weight gradients between two actions only
     host:    the most bytes in host memory
-    after:   per action, the most that was held during it and what was held when it had ended
+    during:  per action, the moment of it at which most was held
+    after:   per action, what was held when it had ended
     to_host, from_host:  bytes that were copied
     """
 
     peak: Moment = field(default_factory=Moment)
     metered: int = 0
     host: int = 0
-    after: list[tuple[int, int]] = field(default_factory=list)
+    during: list[Moment] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
     to_host: int = 0
     from_host: int = 0
 
@@ -243,7 +245,8 @@ class Ledger:
         self._base_apart = base_apart
         self._runs: dict[tuple[int, int], list[_Run]] = {}
         self._expected: list[tuple[int, int]] = []
-        self._retained = self._waiting = self._host = self._most = 0
+        self._retained = self._waiting = self._host = 0
+        self._most = Moment()
         self._is_storing_over = False
         self.book = Book()
 
@@ -252,11 +255,12 @@ class Ledger:
         self._expected = [(a.chunk, a.microbatch) for a in actions if a.kind in ("B", "BW")]
         leaving = {(a.chunk, a.microbatch) for a in actions if a.kind == "OFFLOAD"}
         for action in actions:
-            self._most = 0
+            self._most = self._now()
             self._do(action, leaving)
             now = self._now()
             self.book.metered = max(self.book.metered, now.total)
-            self.book.after.append((max(self._most, now.total), now.total))
+            self.book.during.append(max(self._most, now, key=_total))
+            self.book.after.append(now.total)
         return self.book
 
     def _do(self, action: Action, leaving: set[tuple[int, int]]) -> None:
@@ -365,7 +369,7 @@ class Ledger:
     def _sample(self, at_work: int = 0) -> None:
         """Look at what is held, with `at_work` bytes that are back for a backward pass."""
         moment = self._now(at_work)
-        self._most = max(self._most, moment.total)
+        self._most = max(self._most, moment, key=_total)
         self.book.metered = max(self.book.metered, moment.total - moment.weight_gradients)
         if moment.total > self.book.peak.total:
             self.book.peak = moment
@@ -373,3 +377,7 @@ class Ledger:
     def _now(self, at_work: int = 0) -> Moment:
         staging = self._courier.staging + self._expert_courier.staging
         return Moment(kept=self._retained, at_work=at_work, staging=staging, weight_gradients=self._waiting)
+
+
+def _total(moment: Moment) -> int:
+    return moment.total

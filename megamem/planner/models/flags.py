@@ -28,7 +28,7 @@ _NUMBERS = (
 _SWITCHES = (
     *("group_query_attention", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "bf16", "fp16"),
     *("untie_embeddings_and_output_weights", "multi_latent_attention", "sequence_parallel"),
-    *("use_distributed_optimizer", "recompute_activations"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "recompute_activations"),
 )
 _LAUNCHER = re.compile(r"--(?P<name>nnodes|nproc[-_]per[-_]node)[= ](?P<count>\d+)")
 
@@ -56,6 +56,7 @@ def job_of_flags(line: str | Sequence[str], world_size: int | None = None) -> Jo
             global_batch_size=args.global_batch_size or (args.micro_batch_size or 1) * layout.data,
             bf16=args.bf16 or args.fp16,
             spec=args.transformer_impl if args.transformer_impl == "local" else "transformer_engine",
+            overlap=args.overlap_grad_reduce,
             recompute="selective" if args.recompute_activations else args.recompute_granularity or "none",
         )
     except ValueError as fault:
@@ -208,6 +209,8 @@ def flags_of(job: Job) -> list[str]:
         ("--bf16", job.bf16),
         ("--sequence-parallel", layout.sequence_parallel),
         ("--use-distributed-optimizer", layout.distributed_optimizer),
+        ("--overlap-grad-reduce", job.overlap),
+        ("--overlap-param-gather", job.overlap and layout.distributed_optimizer),
         *((flag, getattr(layout, name)) for name, flag in Layout.FLAGS.items() if getattr(layout, name) > 1),
         *_special(model),
     ]

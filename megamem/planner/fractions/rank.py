@@ -1,0 +1,131 @@
+"""The problem of one pipeline rank under a schedule, and the activation plan that the solutions of all ranks make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamem.errors import InfeasibleError
+from megamem.ir.activation import ANCHORS, BASE, EXPERTS, KEEP, SAVED, ActivationPlan, Fate, LayerRule
+from megamem.ir.schedule import Schedule
+from megamem.planner.evaluation import Model
+from megamem.planner.fractions.linear import solve
+from megamem.planner.fractions.problem import Group, Limits, Problem, Solution
+from megamem.planner.fractions.table import realise, rows_of
+from megamem.planner.memory.activations import ActivationMemory
+from megamem.planner.memory.inventory import storage_bytes
+from megamem.planner.memory.parameters import stage_layers
+
+Fates = dict[str, Fate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assigned:
+    """A group of the problem and the layers that are in it."""
+
+    group: Group
+    numbers: tuple[int, ...]
+    chunk: int
+
+
+def groups_of(model: Model, schedule: Schedule, rank: int) -> list[Assigned]:
+    """The groups of a rank: per chunk its dense layers and those with experts."""
+    placement, memory = schedule.placement, ActivationMemory(model.job, None)
+    undivided = any(action.kind == "BW" for action in schedule.ranks[rank])
+    found = []
+    for chunk in range(placement.num_chunks):
+        numbers = stage_layers(model.job, placement.stage(rank, chunk))
+        for is_moe in (False, True):
+            alike = tuple(number for number in numbers if model.job.model.is_moe(number) == is_moe)
+            if alike:
+                found.append(
+                    Assigned(group=_group(model, memory, alike, undivided=undivided), numbers=alike, chunk=chunk)
+                )
+    return found
+
+
+def _group(model: Model, memory: ActivationMemory, numbers: Sequence[int], *, undivided: bool) -> Group:
+    kind, times = memory.kind(numbers[0]), model.layer(numbers[0])
+    own = [one for one in kind.tensors if not one.routed]
+    rest = [one for one in own if one.rebuilt]
+    scratch = sum(one.nbytes for one in own if not one.rebuilt and one.name not in BASE)
+    base = {one.name: float(one.nbytes) for one in own if one.name in BASE}
+    base["attention_output"] += scratch  # the log-sum-exp goes where attention's output goes
+    again = 0.0 if model.job.model.latent is None else times.anchor("qkv")
+    return Group(
+        layers=len(numbers),
+        nbytes={
+            **base,
+            **{anchor.name: float(anchor.nbytes) for anchor in kind.anchors},
+            SAVED: float(sum(one.nbytes for one in rest)),
+        },
+        seconds={**times.anchors, SAVED: times.rebuild + again},
+        forward=times.forward.total,
+        backward=times.backward.total + (times.weight.total if undivided else 0.0),
+        held=float(storage_bytes(one for one in kind.tensors if one.routed)),
+        storage={SAVED: float(storage_bytes(rest))},
+    )
+
+
+def moments_of(schedule: Schedule, rank: int, assigned: Sequence[Assigned]) -> tuple[tuple[float, ...], ...]:
+    """Microbatches of each group that are held together, at the moments that no other exceeds everywhere."""
+    now = [0] * schedule.placement.num_chunks
+    seen: set[tuple[int, ...]] = set()
+    for action in schedule.ranks[rank]:
+        if action.kind == "F":
+            now[action.chunk] += 1
+            seen.add(tuple(now))
+        elif action.kind in ("B", "BW"):
+            now[action.chunk] -= 1
+    most = [one for one in seen if not any(other != one and all(map(int.__ge__, other, one)) for other in seen)]
+    return tuple(tuple(float(one[item.chunk]) for item in assigned) for one in sorted(most))
+
+
+def problem_of(
+    model: Model, schedule: Schedule, rank: int, device: float, host: float
+) -> tuple[Problem, list[Assigned]]:
+    """What is to be decided on a rank that has `device` bytes for activations, and `host` bytes of host memory."""
+    assigned = groups_of(model, schedule, rank)
+    to_host, from_host = model.rates
+    problem = Problem(
+        groups=tuple(item.group for item in assigned),
+        limits=Limits(device=device, host=host, to_host=to_host, from_host=from_host),
+        moments=moments_of(schedule, rank, assigned),
+    )
+    return problem, assigned
+
+
+def optimum(model: Model, schedule: Schedule, rank: int, device: float, host: float) -> tuple[Solution, list[Assigned]]:
+    """The exact optimum of a rank. Raises InfeasibleError."""
+    problem, assigned = problem_of(model, schedule, rank, device, host)
+    if device <= 0:
+        raise InfeasibleError(f"rank {rank} has no device memory left for activations")
+    return solve(problem), assigned
+
+
+def fates_of_rank(
+    model: Model, schedule: Schedule, rank: int, device: float, host: float
+) -> tuple[dict[int, Fates], float, float]:
+    """Fates by layer number, the seconds per microbatch they cost, and those of the optimum. Raises InfeasibleError."""
+    problem, assigned = problem_of(model, schedule, rank, device, host)
+    best = solve(problem)
+    found = realise(problem, best)
+    fates: dict[int, Fates] = {}
+    for item, parts in zip(assigned, found.parts, strict=True):
+        for numbers, row in rows_of(item.numbers, item.group, parts):
+            fates |= dict.fromkeys(numbers, row)
+    return fates, found.seconds, best.seconds
+
+
+def plan_of(fates: dict[int, Fates], num_layers: int) -> ActivationPlan:
+    """One rule for every layer; experts stay."""
+    rules: dict[tuple[tuple[str, str], ...], LayerRule] = {}
+    made = []
+    for number in range(1, num_layers + 1):
+        row = fates[number]
+        key = tuple(sorted((name, repr(fate)) for name, fate in row.items()))
+        if key not in rules:
+            absent = dict.fromkeys(ANCHORS, Fate(fraction=0.0))
+            rules[key] = LayerRule(fates={**absent, **row, EXPERTS: KEEP})
+        made.append(rules[key])
+    return ActivationPlan(rules=tuple(made))

@@ -1,0 +1,96 @@
+"""Everything in device memory besides what layers save: states, logits, working space, buffers.
+
+Working space is counted, not measured: the largest set of temporary tensors of one pass over one layer, with every
+tensor of the full sequence that sequence parallelism gathers. On a GPU nothing of it has been compared with a run yet.
+"""
+
+from __future__ import annotations
+
+from megamem.ir.job import Job
+from megamem.ir.schedule import Placement
+from megamem.planner.hardware import Hardware
+from megamem.planner.memory.parameters import (
+    Parameters,
+    kv_width,
+    padded_vocabulary,
+    stage_parameters,
+    states_of,
+    vocabulary_parameters,
+)
+
+LOGIT_BYTES = 4 + 2
+"""Per logit without the fused loss: the softmax in fp32 that Megatron's loss saves, and the logits or their gradient in
+bf16."""
+STATISTICS_BYTES = 12
+"""Per token with the fused loss or a shared vocabulary: maximum, sum and the predicted logit, fp32."""
+CHUNK_BYTES = 96 << 20
+LEAST_CHUNK = 2048
+"""`vocabulary.loss_chunk: auto`: that much of logits, but at least so many entries, and under a quarter of them all."""
+
+
+def static_bytes(
+    job: Job, placement: Placement, rank: int, hardware: Hardware, *, shards_vocabulary: bool = False
+) -> dict[str, int]:
+    """Weights, gradients, optimizer states, buffers and context of one pipeline rank, by `ir.plan.MEMORY_KINDS`."""
+    parameters = sum(
+        (
+            stage_parameters(job, placement.stage(rank, chunk), shards_vocabulary=shards_vocabulary)
+            for chunk in range(placement.num_chunks)
+        ),
+        vocabulary_parameters(job) if shards_vocabulary else Parameters(),
+    )
+    states = states_of(job, parameters)
+    return {
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        "buffers": buffer_bytes(job),
+        "context": hardware.context,
+    }
+
+
+def buffer_bytes(job: Job) -> int:
+    """Hidden states under way: of the embedding and the final norm, and a received gradient and activation."""
+    hidden = job.tokens * job.model.hidden_size * job.itemsize
+    return (2 if job.layout.pipeline == 1 else 4) * hidden
+
+
+def output_bytes(job: Job, *, fused: bool, shards: int = 1) -> int:
+    """What the output layer and the loss of one microbatch hold on a rank at most."""
+    tokens = job.seq_length // job.layout.context * job.micro_batch_size
+    parts = job.layout.tensor * shards
+    entries = padded_vocabulary(job.model, parts) // parts
+    if not fused and shards == 1:
+        return tokens * entries * LOGIT_BYTES
+    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (tokens * job.itemsize)), max(1, entries // 4))
+    return tokens * (STATISTICS_BYTES + chunk * LOGIT_BYTES)
+
+
+def shared_bytes(job: Job, barriers: int) -> int:
+    """Vocabulary parallelism: what a rank keeps of one microbatch from S to T."""
+    hidden = job.tokens * job.model.hidden_size
+    numerator = 4 * hidden if barriers == 1 else 0
+    tokens = job.seq_length // job.layout.context * job.micro_batch_size
+    return tokens * STATISTICS_BYTES + hidden * job.itemsize + numerator
+
+
+def transient_bytes(job: Job, number: int) -> tuple[int, int]:
+    """Working space of layer `number`: of its forward pass, and of its backward pass."""
+    model, tensor = job.model, job.layout.tensor
+    inside = job.seq_length // job.layout.context * job.micro_batch_size
+    hidden, query = model.hidden_size, model.query_width // tensor
+    mixed = query + kv_width(model, tensor) + model.value_width // tensor
+    gates = 2 if model.swiglu else 1
+    # Gathered input and unreduced output; flash attention accumulates the gradient of the queries in fp32.
+    attention = inside * (2 * hidden + 2 * mixed) * job.itemsize + 4 * inside * query
+    if model.is_moe(number):
+        moe = model.experts
+        assert moe is not None
+        rows = moe.topk * job.tokens * job.layout.experts_tensor
+        width = moe.ffn_hidden_size // job.layout.experts_tensor
+        mlp = rows * (2 * hidden + (1 + gates) * width) * job.itemsize
+        forward = 2 * rows * hidden * job.itemsize
+    else:
+        mlp = inside * (2 * hidden + (1 + gates) * model.ffn_hidden_size // tensor) * job.itemsize
+        forward = 2 * inside * hidden * job.itemsize
+    return forward, max(attention, mlp)
