@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from megamem.ir.model import Model
 
-SPECS = ("transformer_engine", "local")
+SPECS = ("transformer_engine", "local", "unfused")
 RECOMPUTATIONS = ("none", "selective", "full")
 
 
@@ -81,7 +81,8 @@ class Job:
     seq_length:        tokens of one sequence, over all context-parallel ranks
     micro_batch_size:  sequences of one microbatch on one data-parallel rank
     bf16:              weights and activations in bf16, gradients and optimizer states in fp32; else everything in fp32
-    spec:              the layers: Transformer Engine's, or Megatron's local ones with megamem's attention and norms
+    spec:              the layers: Transformer Engine's; Megatron's local ones with megamem's attention and norms; or
+                       `unfused`, those of arXiv 2205.05198, whose attention keeps its scores
     recompute:         Megatron's own recomputation, which megamem's activation policies take the place of
     overlap:           gradients are reduced and weights gathered beside backward and forward passes
     """

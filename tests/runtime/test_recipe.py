@@ -80,7 +80,7 @@ def _check_complete(recipe: Recipe) -> None:
         rebuilt_input = plan.name == "layer_input" and not recipe.store_input
         assert covered == [0 if rebuilt_input else 1] * TOKENS, plan
     for segment in recipe.segments:
-        assert all(anchor.tokens >= segment.stop for anchor in segment.answered)
+        assert all(anchor.start <= segment.start and segment.stop <= anchor.tokens for anchor in segment.answered)
         reachable = {index for items in segment.on_pack.values() for index, _ in items}
         reachable |= {index for items in segment.on_input.values() for index, _ in items}
         assert segment.wanted <= reachable
@@ -114,6 +114,16 @@ def test_equal_fractions_make_one_segment_and_different_ones_a_cut_each() -> Non
         [],
     ]
     assert [5 in segment.wanted for segment in recipe.segments] == [False, False, True]
+    _check_complete(recipe)
+
+
+def test_anchors_are_stored_from_where_replays_begin() -> None:
+    """Where everything is stored no replay asks for an anchor."""
+    rule = _rule(saved=Fate(fraction=0.3), act=Fate(fraction=0.3), fc1=Fate(fraction=0.7), qkv=Fate(fraction=0.2))
+    recipe = _make(rule)
+    assert [(plan.name, plan.start, plan.tokens) for plan in recipe.anchors] == [("fc1", 30, 70)]
+    (piece,) = [piece for load in recipe.loads for piece in load.pieces if piece.kind == "anchor"]
+    assert (piece.start, piece.tokens) == (30, 70)
     _check_complete(recipe)
 
 

@@ -48,8 +48,9 @@ def explain(problem: Problem) -> str:
     work = max(whole_bytes(group) for group in problem.groups)
     limits = problem.limits
     return (
-        f"inputs and attention outputs of layers need {least / 2**30:.1f} GiB, the layer at work {work / 2**30:.1f}; "
-        f"there are {max(0.0, limits.device) / 2**30:.1f} GiB of device and {limits.host / 2**30:.1f} GiB of host memory"
+        f"inputs and attention outputs of layers need {least / 2**30:.1f} GiB, the layer at work {work / 2**30:.1f} "
+        f"GiB; there are {max(0.0, limits.device) / 2**30:.1f} GiB of device and {limits.host / 2**30:.1f} GiB of host "
+        "memory"
     )
 
 
@@ -114,7 +115,7 @@ class _Programme:
                 self.objective[self.index[name]] += group.layers * value
         copied = {(number, name, _SWAPPED): nbytes for name, nbytes in group.nbytes.items()}
         limits = self.problem.limits
-        cover = (group.layers - 1 + limits.lag) / group.layers
+        cover = group.cover(limits.lag)
         out = {name: nbytes / limits.to_host for name, nbytes in copied.items()}
         self._at_most({**out, (number, "wait", "out"): -1.0}, cover * group.forward)
         back = {name: nbytes / limits.from_host for name, nbytes in copied.items()}

@@ -39,6 +39,7 @@ class Group:
     seconds:    what recomputing each costs: anchors their product, `saved` the element-wise rest of a replay
     storage:    bytes that a tensor takes where it is kept, if more than its own (a view keeps all of its storage)
     tiers:      tensors that may only be `kept`, or only be `swapped`
+    of:         layers of the group that this one is a part of; 0: it is whole
     held:       bytes that stay in device memory whatever is decided
     forward, backward:  seconds of one layer's passes, recomputation not counted
     """
@@ -51,6 +52,11 @@ class Group:
     held: float = 0.0
     storage: Mapping[str, float] = field(default_factory=dict)
     tiers: Mapping[str, str] = field(default_factory=dict)
+    of: int = 0
+
+    def cover(self, lag: int) -> float:
+        """Layers that cover the copies of one: those of a pass, the first one's left out, `lag` more at its end."""
+        return ((self.of or self.layers) - 1 + lag) / (self.of or self.layers)
 
     def allows(self, name: str, tier: str) -> bool:
         """Whether a tensor may be `kept`, or `swapped`."""
@@ -147,7 +153,7 @@ def swapped_bytes(group: Group, shares: Shares) -> float:
 def waits(group: Group, limits: Limits, shares: Shares) -> float:
     """Seconds that one layer's copies out and in are not covered."""
     nbytes = swapped_bytes(group, shares)
-    cover = (group.layers - 1 + limits.lag) / group.layers
+    cover = group.cover(limits.lag)
     out = nbytes / limits.to_host - cover * group.forward
     back = nbytes / limits.from_host - cover * (group.backward + recomputation(group, shares))
     return max(0.0, out) + max(0.0, back)

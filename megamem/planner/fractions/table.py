@@ -96,7 +96,7 @@ def _settled(problem: Problem, cut: _Cut) -> Realised:
     owners: list[int] = []
     for number, (group, parts) in enumerate(zip(problem.groups, cut, strict=True)):
         for layers, tiers in parts:
-            groups.append(replace(group, layers=layers, tiers=tiers))
+            groups.append(replace(group, layers=layers, tiers=tiers, of=group.of or group.layers))
             owners.append(number)
     moments = tuple(tuple(moment[owner] for owner in owners) for moment in problem.moments)
     inner = replace(problem, groups=tuple(groups), moments=moments)

@@ -2,10 +2,11 @@
 
     saved_tensors(job, number)      the tensors of layer `number` on one rank, in one microbatch
 
-Two kinds of layers are known. `local` ones, Megatron's with megamem's attention and norms, are those that the tests
+Three kinds of layers are known. `local` ones, Megatron's with megamem's attention and norms, are those that the tests
 compare with real ones byte by byte. `transformer_engine` ones are written down from its source (2.20): LayerNormLinear
 saves input, normalised input and one or two numbers a token; Linear its input; flash attention query, key, value,
-output and log-sum-exp; SwiGLU the output of fc1; rotary positions nothing of their own.
+output and log-sum-exp; SwiGLU the output of fc1; rotary positions nothing of their own. `unfused` ones are those of
+arXiv 2205.05198, for its formulas.
 
 Each tensor has two sizes. `nbytes` is the memory that it covers, which is what is copied, stored or rebuilt. `storage`
 is the memory that it keeps from being freed where it stays: a value that is a view of query, key and value together
@@ -105,7 +106,7 @@ class _Layer:
         self.output = model.value_width // self.tensor
         self.heads = model.num_attention_heads // self.tensor
         self.gates = 2 if model.swiglu else 1
-        self.is_local = job.spec == "local"
+        self.is_local, self.is_unfused = job.spec == "local", job.spec == "unfused"
         self.is_moe = model.is_moe(number)
 
     def _saved(
@@ -136,6 +137,13 @@ class _Layer:
         PyTorch has no flash kernel with dropout on a CPU, and keeps copies of its inputs and three s x s tensors then.
         """
         path = "self_attention.core_attention"
+        if self.is_unfused:  # softmax, and with dropout its mask of one byte an element and its output
+            scores = self.heads * self.inside * self.sequence
+            sizes = [self.size, 1, self.size] if self.model.attention_dropout else [self.size]
+            return [
+                self._saved(path, scores, f"scores {i}", itemsize=itemsize, rebuilt=False)
+                for i, itemsize in enumerate(sizes)
+            ]
         if self.is_local and self.model.attention_dropout:
             scores = self.heads * self.inside * self.sequence
             return [
@@ -188,6 +196,7 @@ class _Layer:
             inputs = [("value of all heads", self.query, False)]
         can_be_rebuilt = not (self.is_local and model.attention_dropout)
         for name, width, is_view in inputs:
+            is_view = is_view and not self.is_unfused
             storage, keeps = ("qkv", mixed) if is_view else (f"{name} of attention", width * self.inside * self.size)
             source: dict[str, Any] = {"anchor": "qkv", "keeps": keeps, "rebuilt": can_be_rebuilt}
             found.append(self._saved("self_attention.core_attention", width * self.inside, storage, **source))

@@ -78,11 +78,11 @@ def layer_bytes(
     kept: list[Saved] = []
     clones = base = rest = back = 0
     misses = False
+    first = tokens  # the first token that is replayed, and so the first of which anchors are stored
     for tensor in (one for one in tensors if not one.routed):
         fate = _fate(tensor, rule)
         if tensor.name == "layer_input" and not stores_input:
             back += tensor.nbytes
-            misses = True
             continue
         held = tensor.name == "layer_input" and input_is_held
         stored = tokens if not tensor.rebuilt else fate.num_tokens(tokens)
@@ -90,6 +90,7 @@ def layer_bytes(
             kept.append(tensor)
             continue
         misses = misses or stored < tokens
+        first = min(first, stored)
         back += tensor.nbytes
         nbytes = tensor.nbytes * stored // tokens
         if fate.tier == "hbm":
@@ -100,7 +101,7 @@ def layer_bytes(
             rest += nbytes
     for anchor in anchors if misses else ():
         fate = rule.fates[anchor.name]
-        nbytes = anchor.nbytes * fate.num_tokens(tokens) // tokens
+        nbytes = anchor.nbytes * max(0, fate.num_tokens(tokens) - first) // tokens
         clones, rest = (clones + nbytes, rest) if fate.tier == "hbm" else (clones, rest + nbytes)
     experts = sum(tensor.nbytes for tensor in tensors if tensor.routed)
     goes = rule.fates[EXPERTS].tier == "host" and rule.fates[EXPERTS].fraction > 0

@@ -57,10 +57,11 @@ class EntryPlan:
 
 @dataclass(frozen=True, slots=True)
 class AnchorPlan:
-    """How much of an anchor's output is stored, and where."""
+    """Which tokens of an anchor's output are stored, [start, tokens), and where. Before `start` nothing is replayed."""
 
     name: str
     path: str
+    start: int
     tokens: int
     tier: Tier
     axis: TokenAxis
@@ -102,6 +103,7 @@ class PiecePlan:
     shares: tuple[Share, ...] = ()  # entries that lie in the piece together; `index` and `position` are the first one's
     is_woven: bool = False  # they lie so in device memory too
     codec: Codec | None = None
+    start: int = 0  # the first token that is stored, of an anchor
 
     def collect(self, handles: list[Handle]) -> Tensor:
         """The entries that share the piece, in one 1-D tensor: a view where they are woven, else a copy."""
@@ -124,7 +126,7 @@ class PiecePlan:
             return tensor
         if self.view is not None:
             tensor = self.view.view(tensor)
-        return self.axis.range(tensor, 0, self.tokens)
+        return self.axis.range(tensor, self.start, self.tokens)
 
 
 @dataclass(slots=True)
@@ -181,9 +183,11 @@ class _Maker:
         self.tokens, self.room = situation.tokens, situation.room
 
     def make(self) -> Recipe:
-        usable = self._usable_anchors()
-        anchors = [plan for name in usable if (plan := self._anchor(name)) is not None]
         entries = [self._entry(index, spec) for index, spec in enumerate(self.signature.entries)]
+        first = min(
+            (plan.tokens for plan in entries if not plan.whole and plan.source is not None), default=self.tokens
+        )
+        anchors = [plan for name in self._usable_anchors() if (plan := self._anchor(name, first)) is not None]
         segments = self._segments(entries, anchors)
         stays = {plan.index for plan in entries if plan.whole and plan.tier == "hbm"}
         shared = [*self._weaves(entries), *self._bundles(entries)]
@@ -279,7 +283,7 @@ class _Maker:
             (resident if plan.tier == "hbm" else host_base if apart else host_rest).pieces.append(piece)
         for index, anchor in enumerate(recipe.anchors):
             codec = self.rule.fates[anchor.name].codec
-            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis, codec=codec)
+            piece = PiecePlan("anchor", index, -1, anchor.tokens, anchor.axis, codec=codec, start=anchor.start)
             (resident if anchor.tier == "hbm" else host_rest).pieces.append(piece)
         self._add_base(recipe, host_base if self.situation.keep_base else host_rest)
         loads = [load for load in (host_base, host_rest, resident) if load.pieces]
@@ -357,10 +361,11 @@ class _Maker:
                 usable.append(name)
         return usable
 
-    def _anchor(self, name: str) -> AnchorPlan | None:
+    def _anchor(self, name: str, first: int) -> AnchorPlan | None:
+        """The anchor's plan; `first` is the first token that is replayed, and so the first that asks for anchors."""
         spec, fate = self.signature.anchors[name], self.rule.fates[name]
         stored = self._stored(fate)
-        return AnchorPlan(name, spec.path, stored, self._tier(fate), spec.axis) if stored else None
+        return AnchorPlan(name, spec.path, first, stored, self._tier(fate), spec.axis) if stored > first else None
 
     def _entry(self, index: int, spec: EntrySpec) -> EntryPlan:
         if spec.name == "layer_input" and not self.situation.store_input:

@@ -351,7 +351,7 @@ class LayerRun:
         for anchor in anchors:
             frame, requires_grad = self.answers[anchor.path]
             axis, held = anchor.axis, self.anchors[anchor.path]
-            part = held.narrow(axis.dim + 1, start * axis.inner, (stop - start) * axis.inner)
+            part = held.narrow(axis.dim + 1, (start - anchor.start) * axis.inner, (stop - start) * axis.inner)
             answers[anchor.path] = Replay.answer(frame, part.flatten(axis.dim, axis.dim + 1), requires_grad)
         return answers
 

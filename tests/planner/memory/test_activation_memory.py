@@ -111,7 +111,11 @@ POLICIES: dict[str, Fields] = {
     "table": {
         "policy": "ordered",
         **KEEP_NONE,
-        "table": [{"layers": "3-4", "saved": "keep"}, {"layers": 1, "fc1": "0.5@hbm", "saved": 0.25, "qkv": "keep"}],
+        "table": [
+            {"layers": "3", "saved": "keep"},
+            {"layers": "4", "saved": 0.25, "fc1": 0.75, "projection": 0.125, "qkv": "0.5@hbm"},
+            {"layers": 1, "fc1": "0.5@hbm", "saved": 0.25, "qkv": "keep"},
+        ],
     },
 }
 LAYOUTS: dict[str, Fields] = {
