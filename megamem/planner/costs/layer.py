@@ -34,7 +34,7 @@ class PassTime:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(vars(self).values())
+        return float(sum(vars(self).values()))
 
 
 class LayerTime:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from megamem.errors import InfeasibleError, MissingPackage
@@ -11,6 +11,7 @@ from megamem.ir.activation import BASE, SAVED
 from megamem.planner.fractions.problem import Group, Problem, Shares, Solution, cost, whole_bytes
 
 _KEPT, _SWAPPED = "kept", "swapped"
+_Row = dict[tuple[int, str, str], float]
 _FEW_GROUPS = 3  # beyond, loading scipy takes less time than a tableau in Python
 
 
@@ -73,22 +74,22 @@ class _Programme:
         for moment in problem.moments:
             self._add_moment(moment)
 
-    def _row(self, values: Mapping[tuple[int, str, str], float]) -> list[float]:
+    def _row(self, values: _Row) -> list[float]:
         row = [0.0] * len(self.names)
         for name, value in values.items():
             if name in self.index:
                 row[self.index[name]] += value
         return row
 
-    def _at_most(self, values: Mapping[tuple[int, str, str], float], bound: float) -> None:
+    def _at_most(self, values: _Row, bound: float) -> None:
         """A row, divided by its largest coefficient: bytes and seconds stand side by side."""
         scale = max([abs(value) for value in values.values()] or [1.0]) or 1.0
         self.rows.append([value / scale for value in self._row(values)])
         self.bounds.append(bound / scale)
 
-    def _recomputed(self, number: int, group: Group) -> tuple[dict[tuple[int, str, str], float], float]:
+    def _recomputed(self, number: int, group: Group) -> tuple[_Row, float]:
         """Recomputation of one layer as (coefficients, constant)."""
-        values: dict[tuple[int, str, str], float] = {}
+        values: _Row = {}
         for tier in (_KEPT, _SWAPPED):
             for name in group.anchors:
                 values[number, name, tier] = -group.seconds[name]
@@ -97,38 +98,38 @@ class _Programme:
         return values, group.replay
 
     def _add_group(self, number: int, group: Group) -> None:
-        for name in group.nbytes:
-            both = {(number, name, _KEPT): 1.0, (number, name, _SWAPPED): 1.0}
-            if name in BASE:
-                self._at_most(both, 1.0)
-                self._at_most(dict.fromkeys(both, -1.0), -1.0)
-            else:  # an anchor's tokens come behind those of `saved`
-                beyond = (
-                    {}
-                    if name == SAVED or SAVED not in group.nbytes
-                    else dict.fromkeys(((number, SAVED, _KEPT), (number, SAVED, _SWAPPED)), 1.0)
-                )
-                self._at_most({**both, **beyond}, 1.0)
+        self._chain(number, group)
         recomputed, constant = self._recomputed(number, group)
-        for name, value in recomputed.items():
-            if name in self.index:
-                self.objective[self.index[name]] += group.layers * value
-        copied = {(number, name, _SWAPPED): nbytes for name, nbytes in group.nbytes.items()}
+        for key, value in recomputed.items():
+            if key in self.index:
+                self.objective[self.index[key]] += group.layers * value
         limits = self.problem.limits
         cover = group.cover(limits.lag)
-        out = {name: nbytes / limits.to_host for name, nbytes in copied.items()}
+        copied: _Row = {(number, name, _SWAPPED): nbytes for name, nbytes in group.nbytes.items()}
+        out = {key: nbytes / limits.to_host for key, nbytes in copied.items()}
         self._at_most({**out, (number, "wait", "out"): -1.0}, cover * group.forward)
-        back = {name: nbytes / limits.from_host for name, nbytes in copied.items()}
-        for name, value in recomputed.items():
-            back[name] = back.get(name, 0.0) - cover * value
+        back = {key: nbytes / limits.from_host for key, nbytes in copied.items()}
+        for key, value in recomputed.items():
+            back[key] = back.get(key, 0.0) - cover * value
         self._at_most({**back, (number, "wait", "in"): -1.0}, cover * (group.backward + constant))
         for direction in ("out", "in"):
             self.objective[self.index[number, "wait", direction]] += group.layers
 
+    def _chain(self, number: int, group: Group) -> None:
+        """Shares of a tensor add up to one at most, those of the base to one; an anchor's come behind `saved`."""
+        saved: _Row = dict.fromkeys(((number, SAVED, _KEPT), (number, SAVED, _SWAPPED)), 1.0)
+        for name in group.nbytes:
+            both: _Row = {(number, name, _KEPT): 1.0, (number, name, _SWAPPED): 1.0}
+            if name in BASE:
+                self._at_most(dict.fromkeys(both, -1.0), -1.0)
+            elif name != SAVED and SAVED in group.nbytes:
+                both = {**both, **saved}
+            self._at_most(both, 1.0)
+
     def _add_moment(self, moment: tuple[float, ...]) -> None:
         groups = self.problem.groups
-        kept: dict[tuple[int, str, str], float] = {}
-        swapped: dict[tuple[int, str, str], float] = {}
+        kept: _Row = {}
+        swapped: _Row = {}
         held = 0.0
         for number, (count, group) in enumerate(zip(moment, groups, strict=True)):
             held += count * group.layers * group.held
