@@ -53,6 +53,7 @@ def filled(text: str) -> str:
         "quickstart": quickstart(),
         "schedules": schedules(),
         "options": options_table(),
+        "allocator": allocator(),
         "figures": figures(),
     }
     for name, content in parts.items():
@@ -130,6 +131,30 @@ def picture() -> str:
             memory=[simulation.memory_curve(rank) for rank in range(4)],
         )
     )
+
+
+def allocator() -> str:
+    """What jobs on a CPU rank say of their memory plan."""
+    data = _read("arena.cpu.json")
+    size, core = data["results"]["jobs"]["size"], data["results"]["core"]["ns_per_pair"]
+    lines = [
+        f"A GPT of Megatron-Core ({size['layers']} layers, h = {size['hidden']}, s = {size['sequence']}, four "
+        "microbatches) on one CPU rank, where host memory stands in for a device's (`python ci/bench/arena.py`; "
+        f"{_where(data)}). Requests below 1 KiB are left out; step is processor time over that without the arena.",
+        "",
+        "| | planned peak | above the bound | served, of the bytes | of the requests | fallbacks | step | losses |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, job in data["results"]["jobs"]["jobs"].items():
+        ratio, above = job["step_ratio"], job["planned_peak_bytes"] / job["lower_bound_bytes"] - 1
+        lines.append(
+            f"| {name} | {job['planned_peak_bytes'] / 2**20:.1f} MiB | {100 * above:.2f} % "
+            f"| {100 * job['served_bytes_share']:.2f} % | {100 * job['served_share']:.1f} % | {job['fallbacks']} "
+            f"| {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) "
+            f"| {'bitwise equal' if job['losses_equal'] else '**different**'} |"
+        )
+    spread = ", ".join(f"{found['median']:.0f} ns with {live} live blocks" for live, found in core.items())
+    return "\n".join([*lines, "", f"* a malloc/free pair in the core: {spread}", *_verdicts(data)]) + "\n"
 
 
 def figures() -> str:

@@ -130,6 +130,15 @@ class TestMainJob:
         assert "bitwise equal" in output
         assert "activations, peak" in output
 
+    def test_a_memory_plan_changes_no_bit_and_says_what_it_served(self, small: list[object]) -> None:
+        stages = ["--pipeline-model-parallel-size", 2, "--eval-interval", 2, "--eval-iters", 1]
+        plan = ["--megamem-allocator-mode", "static", "--compare", "--compare-tolerance", 0]
+        output = run(2, *small, *LLAMA, *stages, *plan)
+        assert "bitwise equal" in output
+        assert "planned peak, training, 4 microbatches of 1 x 64 tokens" in output
+        served = output.partition("requests served from it")[2].splitlines()[0]
+        assert float(served.partition("%), ")[2].partition("%")[0]) > 80, served
+
     def test_experts_over_two_ranks_resume(self, folder: Path, small: list[object]) -> None:
         experts = [*LLAMA, "--num-experts", 4, "--expert-model-parallel-size", 2, "--train-iters", 4]
         first = [*small, *experts, "--save", folder / "moe", "--save-interval", 2, "--log-json", folder / "moe.jsonl"]
