@@ -244,7 +244,12 @@ def _machine(torch_fault: str) -> list[tuple[str, str]]:
         None: "not set; Megatron asks for 1 with tensor or context parallelism on GPUs before Blackwell",
         "1": "1: kernels and copies of all streams are issued through one queue, so copies may start late",
     }.get(connections, str(connections))
-    return [*facts, ("CUDA_DEVICE_MAX_CONNECTIONS", note)]
+    facts.append(("CUDA_DEVICE_MAX_CONNECTIONS", note))
+    if _version("transformer-engine"):
+        backward = os.environ.get("NVTE_FP8_DPA_BWD", "1")
+        kept = "16 bits; unset it to keep them in 8" if backward == "0" else "8 bits"
+        facts.append(("NVTE_FP8_DPA_BWD", f"{backward}: FP8 attention keeps q, k and v in {kept}"))
+    return facts
 
 
 def _gpu(torch_fault: str) -> str:

@@ -164,6 +164,8 @@ class Session(AbstractSession):
 
     def on_layer_built(self, layer: Module) -> None:
         self._num_built += 1
+        if self._num_built == 1 and (note := transformer_engine.attention_note(layer.config)) is not None:
+            _LOG.warning("megamem: %s", note)
         if self.config.activations.is_on:
             check_layer(layer, self.config)
         for capability in self.capabilities:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megamem.errors import UnsupportedError
-from megamem.integrations import compat
+from megamem.integrations import compat, transformer_engine
 from megamem.integrations.activation_functions import activation_problems, as_if_fused, read_call
 from megamem.integrations.capability import Capability
 from megamem.integrations.norms import NormSettings, read_norm
@@ -125,6 +125,7 @@ class SavedActivations(Capability, AbstractActivations):
         self._blocks: weakref.WeakKeyDictionary[Module, _Blocks] = weakref.WeakKeyDictionary()
         self._running: list[_Block] = []  # within one another
         self._is_replay = False
+        self._sharing: list[Module] = []  # layers of Transformer Engine that save their input as it comes
 
     def patches(self) -> Sequence[Patch]:
         return [patch.bound(self) for patch in GROUPS["fp8.activations"]]
@@ -141,6 +142,9 @@ class SavedActivations(Capability, AbstractActivations):
         problems = [*self._conflicts(layer)]
         if problems:
             raise UnsupportedError(f"{self.OPTION}: {self.options.saved_activations}: " + "; ".join(problems))
+        if compat.uses_low_precision(layer.config) and layer.config.fp8_recipe != "delayed":
+            # Or FP8 layers would save the outputs that are not to be kept as copies of their own.
+            self._sharing += transformer_engine.save_original_inputs(_consumers(layer))
 
     @contextmanager
     def around_layer(self, layer: Module, *, is_replay: bool) -> Iterator[None]:
@@ -218,6 +222,10 @@ class SavedActivations(Capability, AbstractActivations):
             num_left=sum(blocks.num_left for blocks in self._blocks.values()),
         )
 
+    def close(self) -> None:
+        transformer_engine.set_saving_inputs(self._sharing, False)
+        self._sharing.clear()
+
     def _conflicts(self, layer: Any) -> Iterator[str]:
         """Why a layer does not go with it."""
         config = layer.config
@@ -248,6 +256,20 @@ class SavedActivations(Capability, AbstractActivations):
         hidden = int(config.hidden_size)
         if blocks.norms and hidden > norm_kernels.MAX_WIDTH and torch.cuda.is_available():
             yield f"hidden_size {hidden} is more than {norm_kernels.MAX_WIDTH}, the widest norm that the kernels take"
+
+
+def _consumers(layer: Module) -> Iterator[Module]:
+    """The linear layers that are given the outputs of norms, and those given the outputs of activation functions."""
+    blocks = _blocks_of(layer)
+    for name in blocks.norms:
+        block = blocks.modules[_CONSUMERS[name]]
+        for path in ("linear_qkv", "linear_fc1", "shared_experts.linear_fc1"):
+            with suppress(AttributeError):
+                yield block.get_submodule(path)
+    for module in blocks.modules.values():
+        second = getattr(module, "linear_fc2", None)
+        if second is not None:
+            yield second
 
 
 def _blocks_of(layer: Module) -> _Blocks:

@@ -7,6 +7,8 @@ Transformer Engine are annotated with their types here.
     installed, is_loaded         which release, with the remedy where it is missing or too old
     DelayedLinears               weight gradients of its linear layers, apart from their input gradients
     must_stay, take_apart ...    what of its tensors may be moved, and how
+    save_original_inputs         layers that keep an input which is there anyway, instead of a copy of their own
+    attention_note               what FP8 attention keeps against expectation
 
 It is never imported for its own sake: what a model does not use is not loaded.
 """
@@ -15,9 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -428,3 +431,47 @@ def weight_buffers(module: Module) -> Iterator[Tensor]:
 
 def _kept_copies(module: TransformerEngineBaseModule) -> list[Any]:
     return list(module._fp8_workspaces.values())
+
+
+def save_original_inputs(modules: Iterable[Module]) -> list[Module]:
+    """Have FP8 linear layers save their input as it comes, and quantise it again in the backward pass; which changed.
+
+    For inputs that are kept, or made again, for others anyway: a quantised copy beside them is all that the layer would
+    add. The codes are the same again, but not with delayed scaling, whose scales have moved on; do not call it there.
+    """
+    if not is_loaded():
+        return []
+    from transformer_engine.pytorch import GroupedLinear, Linear
+
+    changed = [module for module in modules if isinstance(module, (Linear, GroupedLinear)) and not _saves_input(module)]
+    set_saving_inputs(changed, True)
+    return changed
+
+
+def set_saving_inputs(modules: Iterable[Any], value: bool) -> None:
+    """Undo, or do again, what `save_original_inputs` did."""
+    for module in modules:
+        module.save_original_input = value
+
+
+def _saves_input(module: Linear | GroupedLinear) -> bool:
+    return bool(module.save_original_input)
+
+
+FP8_ATTENTION_BACKWARD = "NVTE_FP8_DPA_BWD"
+"""The environment variable by which FP8 attention computes its backward pass in FP8 too (default), or not (0)."""
+
+
+def attention_note(config: Any) -> str | None:
+    """What to know of a model whose attention computes in FP8, and yet keeps what it needs later in 16 bits.
+
+    By default it keeps q, k and v in 8 bits; its output too with delayed scaling, but in 16 with tensorwise and MXFP8
+    scaling, where the projection behind it shares these 16 bits (Megatron sets its save_original_input).
+    """
+    in_fp8 = getattr(config, "fp8_dot_product_attention", False) or getattr(config, "fp8_multi_head_attention", False)
+    if not (getattr(config, "fp8", None) and in_fp8) or int(os.environ.get(FP8_ATTENTION_BACKWARD, "1")):
+        return None
+    return (
+        f"attention computes in FP8, but keeps q, k, v and its output in 16 bits, because {FP8_ATTENTION_BACKWARD} is "
+        "0; unset it to keep q, k and v in half of that"
+    )

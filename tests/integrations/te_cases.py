@@ -121,6 +121,15 @@ def swap(fields: Fields, activations: Fields, attention: str = "") -> Fields:
     from megamem.testing import pipeline
 
     found: Fields = {}
+    with attention_that(attention):
+        case = make_case(fields, {"steps": 2})
+        stock = pipeline.train_pipeline(case)
+        ours = pipeline.train_pipeline(case, config={"activations": activations}, inspect=moves(found))
+    return {**found, "differences": ours.differences(stock)}
+
+
+def moves(found: Fields) -> Callable[[Any], None]:
+    """Notes what of the first layer's saved tensors the engine moves."""
 
     def look(handle: Any) -> None:
         found["swapped"] = handle.engine.stats.swapped_nbytes
@@ -130,11 +139,22 @@ def swap(fields: Fields, activations: Fields, attention: str = "") -> Fields:
         found["moved"] = [(shape, dtype) for shape, dtype, is_moved in packs if is_moved]
         found["left"] = [(shape, dtype) for shape, dtype, is_moved in packs if not is_moved]
 
-    with attention_that(attention):
-        case = make_case(fields, {"steps": 2})
-        stock = pipeline.train_pipeline(case)
-        ours = pipeline.train_pipeline(case, config={"activations": activations}, inspect=look)
-    return {**found, "differences": ours.differences(stock)}
+    return look
+
+
+def share(fields: Fields) -> Fields:
+    """`fp8.saved_activations` with and without `save_original_input` of the layers behind: what differs, what moves."""
+    from megamem.integrations import transformer_engine
+    from megamem.testing import pipeline
+
+    case = make_case({**fields, "config": {**fields["config"], "bias_activation_fusion": True}}, {})
+    sections = {"activations": WHOLE, "fp8": {"saved_activations": "rebuild"}}
+    found: Fields = {}
+    apart: Fields = {}
+    ours = pipeline.train_pipeline(case, config=sections, inspect=moves(found))
+    with mock.patch.object(transformer_engine, "save_original_inputs", lambda modules: []):
+        without = pipeline.train_pipeline(case, config=sections, inspect=moves(apart))
+    return {**found, "differences": ours.differences(without), "without": apart["moved"]}
 
 
 @contextlib.contextmanager
@@ -210,6 +230,8 @@ CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
     "rebuilt": (1, swap, ({**GPT, **LONG, "dtype": "bfloat16"}, {"policy": "recompute"})),
     "swapped fp8 tensorwise": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise")}, WHOLE)),
     "swapped fp8 delayed": (1, swap, ({**GPT, **LONG, **fp8("delayed")}, WHOLE)),
+    "fp8 outputs rebuilt": (1, share, ({**GPT, **LONG, **fp8("tensorwise")},)),
+    "fp8 outputs rebuilt, delayed": (1, share, ({**GPT, **LONG, **fp8("delayed")},)),
     "fp8 out of attention": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise")}, WHOLE, "quantises")),
     "a marked buffer": (1, swap, ({**LLAMA, **LONG}, WHOLE, "marks")),
     "fp8 weights": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise", fp8_param=True)}, WHOLE)),

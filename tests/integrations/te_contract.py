@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.metadata
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -315,5 +316,5 @@ def _known_names() -> set[str]:
     from megamem.runtime.pipeline import weights
 
     things = [torch.Tensor, torch.nn.Module(), torch, dict, list, set, tuple, str, type, BaseException]
-    things += [sys, contextlib, weakref, importlib.metadata, weights.WeightQueue(), weights.WeightTask]
+    things += [os, sys, contextlib, weakref, importlib.metadata, weights.WeightQueue(), weights.WeightTask]
     return {name for thing in things for name in dir(thing)}

@@ -5,14 +5,19 @@ What is looked for is read out of the adapter, so a new call is held against the
 
 from __future__ import annotations
 
+import ast
 from functools import cache
 
 import pytest
 
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 
+pytest.importorskip("megatron.core", reason="pip install 'megamem[train]'")
+
 from te_contract import Sources, Uses
 from te_sources import FETCHER, ROOT, sources
+
+from megamem.integrations.transformer_engine import FP8_ATTENTION_BACKWARD, NOT_TO_OFFLOAD
 
 ADAPTER = ROOT / "megamem" / "integrations" / "transformer_engine.py"
 
@@ -33,6 +38,16 @@ def uses() -> Uses:
 @pytest.mark.parametrize("version", FETCHER.VERSIONS)
 def test_every_name_call_and_attribute_is_there(uses: Uses, version: str) -> None:
     assert uses.complaints(parsed(version)) == []
+
+
+@pytest.mark.parametrize("version", FETCHER.VERSIONS)
+def test_its_mark_and_its_environment_variable_are_still_called_so(version: str) -> None:
+    package = sources(version) / "transformer_engine" / "pytorch"
+    marking = ast.parse((package / "cpu_offload.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in ast.walk(marking) if getattr(node, "name", "") == "mark_not_offload")
+    assert NOT_TO_OFFLOAD in {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)}
+    backends = (package / "attention" / "dot_product_attention" / "backends.py").read_text(encoding="utf-8")
+    assert f'os.getenv("{FP8_ATTENTION_BACKWARD}", "1")' in backends
 
 
 def test_nothing_is_read_from_something_unannotated(uses: Uses) -> None:

@@ -33,7 +33,8 @@ REFUSED = {
 WHOLE = "whole backward passes"
 NEW_SPLIT = [*SPLIT, "llama", "chunks", "fp8 delayed"]
 NEW_SWAPPED = [*SWAPPED, "swapped", "half rebuilt", "rebuilt", "swapped fp8 delayed"]
-CASES = {NEWEST: [*NEW_SPLIT, WHOLE, *NEW_SWAPPED, *REFUSED], OLDEST: [*SPLIT, *SWAPPED]}
+SHARED = ["fp8 outputs rebuilt", "fp8 outputs rebuilt, delayed"]
+CASES = {NEWEST: [*NEW_SPLIT, WHOLE, *NEW_SWAPPED, *SHARED, *REFUSED], OLDEST: [*SPLIT, *SWAPPED, *SHARED]}
 NEVER_SPLIT = ("word_embeddings", "router")  # looked up, or multiplied by Megatron itself
 
 
@@ -104,6 +105,16 @@ def test_what_layers_save_comes_back_bitwise(found: Found, version: str, name: s
         assert [[24, 2, 32], "uint8"] in moved
     if name == "a marked buffer":
         assert [[5, 7], "float32"] in left
+
+
+@pytest.mark.parametrize(("version", "name"), cases(SHARED, SHARED))
+def test_outputs_that_are_made_again_are_not_kept_in_fp8_instead(found: Found, version: str, name: str) -> None:
+    """fc2 would save what the activation function gives it as codes [f, s, b]. Its input, made again, is as good."""
+    (rank,) = look(found, version, name)
+    codes = [[64, 24, 2], "uint8"]
+    assert rank["differences"] == []
+    assert codes in rank["without"]
+    assert (codes in rank["moved"]) is ("delayed" in name)  # scales have moved on by then
 
 
 @pytest.mark.parametrize("name", REFUSED)
