@@ -142,7 +142,8 @@ class SavedActivations(Capability, AbstractActivations):
         problems = [*self._conflicts(layer)]
         if problems:
             raise UnsupportedError(f"{self.OPTION}: {self.options.saved_activations}: " + "; ".join(problems))
-        if compat.uses_low_precision(layer.config) and layer.config.fp8_recipe != "delayed":
+        config: Any = layer.config
+        if compat.uses_low_precision(config) and config.fp8_recipe != "delayed":
             # Or FP8 layers would save the outputs that are not to be kept as copies of their own.
             self._sharing += transformer_engine.save_original_inputs(_consumers(layer))
 
