@@ -35,17 +35,16 @@ void release(void* at) {
 
 struct ArenaAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t nbytes) override {
-    if (nbytes == 0 || !arena_here->is_active()) return native_here->allocate(nbytes);
-    if (void* at = arena_here->malloc(nbytes, thread_number())) {
+    void* at = arena_here->is_active() ? arena_here->malloc(nbytes, thread_number()) : nullptr;
+    if (at != nullptr) {
       c10::profiledCPUMemoryReporter().New(at, nbytes);
-      return {at, at, &release, c10::Device(c10::DeviceType::CPU)};
+    } else {
+      c10::DataPtr made = native_here->allocate(nbytes);
+      if (made.get() == nullptr || made.get_context() != made.get()) return made;
+      at = made.release_context();
+      if (arena_here->is_watching()) arena_here->note_malloc(at, nbytes, thread_number());
     }
-    c10::DataPtr made = native_here->allocate(nbytes);
-    // A block with a context of its own cannot have our deleter, which is what sees its free.
-    if (!arena_here->is_watching() || made.get_context() != made.get()) return made;
-    arena_here->note_malloc(made.get(), nbytes, thread_number());
-    void* at = made.release_context();
-    return {at, at, &release, c10::Device(c10::DeviceType::CPU)};
+    return {at, at, &release, c10::Device(c10::DeviceType::CPU)};  // always: who asks for raw_deleter relies on it
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, std::size_t nbytes) const override {

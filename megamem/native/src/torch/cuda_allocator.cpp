@@ -31,12 +31,19 @@ class ArenaAllocator final : public ForwardingAllocator {
   ArenaAllocator(CUDAAllocator* native, Arena* arena, DeviceIndex device)
       : ForwardingAllocator(native), arena_(*arena), device_(device) {}
 
+  // Always with our own deleter: who asks for `raw_deleter` may rely on it (CUDA-graph trees do).
   DataPtr allocate(size_t nbytes) override {
-    if (!is_asked(nbytes)) return native_->allocate(nbytes);
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_).stream();
-    if (void* at = serve(nbytes, stream)) return owned(at);
-    if (arena_.is_watching()) return owned(raw_native(nbytes, stream));
-    return with_room([&] { return native_->allocate(nbytes); });
+    const bool asked = is_asked(nbytes);
+    const cudaStream_t stream = asked ? c10::cuda::getCurrentCUDAStream(device_).stream() : nullptr;
+    if (void* at = asked ? serve(nbytes, stream) : nullptr) {
+      return {at, at, &release, c10::Device(c10::DeviceType::CUDA, device_)};
+    }
+    DataPtr made = with_room([&] { return native_->allocate(nbytes); });
+    if (made.get() == nullptr || made.get_context() != made.get()) return made;
+    if (asked && arena_.is_watching()) arena_.note_malloc(made.get(), nbytes, number_of(stream));
+    const c10::Device device = made.device();
+    void* at = made.release_context();
+    return {at, at, &release, device};
   }
 
   void* raw_alloc(size_t nbytes) override {
@@ -50,9 +57,12 @@ class ArenaAllocator final : public ForwardingAllocator {
   }
 
   void raw_delete(void* at) override {
-    if (at == nullptr || give_back(at)) return;
-    if (arena_.is_watching()) arena_.note_free(at);
-    native_->raw_delete(at);
+    if (at != nullptr && !give_back(at)) native_->raw_delete(at);
+  }
+
+  // The end of what `allocate` returned: by the native deleter, which knows whether the block was cached.
+  void end(void* at) {
+    if (at != nullptr && !give_back(at)) native_->raw_deleter()(at);
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -108,8 +118,6 @@ class ArenaAllocator final : public ForwardingAllocator {
     return nbytes != 0 && arena_.is_active() && open_pools_ == 0 && c10::cuda::current_device() == device_;
   }
 
-  DataPtr owned(void* at) const { return {at, at, &release, c10::Device(c10::DeviceType::CUDA, device_)}; }
-
   void* serve(size_t nbytes, cudaStream_t stream) {
     void* at = arena_.malloc(nbytes, number_of(stream));
     if (at != nullptr) report(at, static_cast<int64_t>(nbytes));
@@ -134,11 +142,15 @@ class ArenaAllocator final : public ForwardingAllocator {
     return call();
   }
 
+  // Whether the block was the arena's.
   bool give_back(void* at) {
     int64_t size = 0;
-    if (!arena_.free(at, &size)) return false;
-    report(at, -size);
-    return true;
+    if (arena_.free(at, &size)) {
+      report(at, -size);
+      return true;
+    }
+    if (arena_.is_watching()) arena_.note_free(at);
+    return false;
   }
 
   void report(void* at, int64_t size) const {
@@ -203,7 +215,7 @@ class ArenaAllocator final : public ForwardingAllocator {
 // One device in a process, and one allocator for ever: tensors may outlive everything.
 ArenaAllocator* allocator_here = nullptr;
 
-void release(void* at) { allocator_here->raw_delete(at); }
+void release(void* at) { allocator_here->end(at); }
 
 void* reserve_block(size_t nbytes) {
   const c10::cuda::CUDAGuard guard(allocator_here->device());
