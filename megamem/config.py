@@ -107,8 +107,9 @@ def load_config(
     for name, section in _sections().items():
         given = raw.get(name, {})
         values[name], found = parse_values(options_of(section), given, name)
-        key = {} if section.KEY in given else {section.KEY: options_of(section)[0].default}
-        problems += found + section.contradictions(key | values[name], values[name])
+        switches = {item.name: item.default for item in options_of(section) if item.name in section.switches()}
+        unset = {key: value for key, value in switches.items() if key not in given}
+        problems += found + section.contradictions(unset | values[name], values[name])
     if problems:
         raise ConfigError(problems)
     made: dict[str, Any] = {name: section(**values[name]) for name, section in _sections().items()}
@@ -246,5 +247,6 @@ def _override(raw: dict[str, dict[str, object]], overrides: Mapping[str, str], p
     for name in sections:
         mine = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
         if mine:
-            is_off = word(mine.get(sections[name].KEY)) in OFF
-            raw[name] = {**({} if is_off else raw.get(name, {})), **mine}
+            section, source = sections[name], raw.get(name, {})
+            is_off = any(word(mine.get(key)) in OFF for key in section.switches()) and section.is_off(source | mine)
+            raw[name] = ({} if is_off else source) | mine

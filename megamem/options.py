@@ -141,25 +141,31 @@ class Share:
 
 @dataclass(frozen=True)
 class Count:
-    """A whole number, not below `least`."""
+    """A whole number, not below `least`, and not above `most` if there is one."""
 
     least: int = 0
-    metavar = "N"
+    most: int | None = None
+
+    @property
+    def metavar(self) -> str:
+        return "N" if self.most is None else f"{self.least}..{self.most}"
 
     def parse(self, raw: object) -> int:
+        allowed = f"of at least {self.least}" if self.most is None else f"from {self.least} to {self.most}"
         if isinstance(raw, str) and re.fullmatch(r"[+-]?[0-9]+", raw.strip()):
             raw = int(raw)
         if isinstance(raw, bool) or not isinstance(raw, int):
-            raise Invalid(f"{raw!r} is no whole number; give one of at least {self.least}")
-        if raw < self.least:
-            raise Invalid(f"{raw} is out of range; give a whole number of at least {self.least}")
+            raise Invalid(f"{raw!r} is no whole number; give one {allowed}")
+        if raw < self.least or (self.most is not None and raw > self.most):
+            raise Invalid(f"{raw} is out of range; give a whole number {allowed}")
         return raw
 
     def plain(self, value: int) -> int:
         return value
 
     def schema(self) -> dict[str, object]:
-        return {"type": "integer", "minimum": self.least}
+        bounds = {"minimum": self.least} | ({} if self.most is None else {"maximum": self.most})
+        return {"type": "integer", **bounds}
 
 
 @dataclass(frozen=True)

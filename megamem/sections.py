@@ -37,11 +37,13 @@ class Section:
     """What every section of the configuration has. Sections are dataclasses whose fields are all options.
 
     KEY:      the first option, one of several words or a switch; `off` or `false` switches the section off
+    SWITCHES: further options that switch the section on, whatever the key is
     READERS:  for options that only some values of the key read, these values; `off` and `false` read none
     """
 
     NAME: ClassVar[str]
     KEY: ClassVar[str]
+    SWITCHES: ClassVar[tuple[str, ...]] = ()
     READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # (key, option, value) that say what is so anyway
     HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = ()
@@ -65,7 +67,17 @@ class Section:
     @property
     def is_on(self) -> bool:
         """Whether this capability does anything."""
-        return self.key not in OFF
+        return not self.is_off({name: getattr(self, name) for name in self.switches()})
+
+    @classmethod
+    def switches(cls) -> tuple[str, ...]:
+        """The options that switch the section on."""
+        return (cls.KEY, *cls.SWITCHES)
+
+    @classmethod
+    def is_off(cls, values: Mapping[str, object]) -> bool:
+        """Whether these values of options, typed or as text, switch the section off; those that are missing are off."""
+        return all(word(values.get(name, "off")) in OFF for name in cls.switches())
 
     def given(self) -> dict[str, object]:
         """The options that differ from their defaults, as plain values."""
@@ -257,10 +269,11 @@ class Scheduling(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary(Section):
-    """Output layer and loss of large vocabularies."""
+    """Embeddings, output layer and loss of large vocabularies."""
 
     NAME: ClassVar[str] = "vocabulary"
     KEY: ClassVar[str] = "fused_loss"
+    SWITCHES: ClassVar[tuple[str, ...]] = ("parallel",)
 
     fused_loss: bool = option(
         Switch(),
@@ -268,12 +281,50 @@ class Vocabulary(Section):
         "Compute output layer and cross entropy together, chunk by chunk of the vocabulary, so that the logits are "
         "never in memory; one matrix product of three is done twice. Requests for logits are answered as before.",
     )
+    parallel: bool = option(
+        Switch(),
+        False,
+        "Share input embedding, output layer and loss over all pipeline ranks, so that the first and the last are no "
+        "slower and no fuller than the others (arXiv 2411.05288); the loss is computed as with fused_loss. Needs a "
+        "schedule; where none is named, 1f1b or interleaved. With one pipeline rank: as fused_loss.",
+    )
+    barriers: Literal[1, 2] = option(
+        Count(least=1, most=2),
+        1,
+        "With parallel: how often the pipeline ranks meet between forward and backward pass of a microbatch. 1: "
+        "activations of one microbatch more than the schedule alone, and tokens x hidden size in fp32 for each that "
+        "is between the passes. 2: of two microbatches more.",
+    )
     loss_chunk: int | Literal["auto"] = option(
         Auto(Count(least=1)),
         "auto",
         "Vocabulary entries per chunk, counted on one rank; tokens x loss_chunk logits are in memory at a time. auto: "
         "96 MiB of logits, but at least 2048 entries, and always less than a quarter of the vocabulary.",
     )
+
+    @classmethod
+    def reads(cls, name: str, key: str) -> bool:
+        """Both switches always; loss_chunk with either, barriers with parallel: see `contradictions`."""
+        return True
+
+    def to_dict(self) -> dict[str, object]:
+        """As for every section; options that no switch reads are left out."""
+        unread = {name for name, readers in _READ_BY.items() if not any(getattr(self, reader) for reader in readers)}
+        return {name: value for name, value in super().to_dict().items() if name not in unread}
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
+        """Options that no switch reads."""
+        return [
+            f"vocabulary.{name}: has no effect without {' or '.join(f'vocabulary.{reader}' for reader in readers)}; "
+            f"set {'one of them' if len(readers) > 1 else 'it'} to true, or remove {name}"
+            for name, readers in _READ_BY.items()
+            if name in given and not any(values.get(reader, True) for reader in readers)  # invalid ones are absent
+        ]
+
+
+_READ_BY: Mapping[str, tuple[str, ...]] = {"barriers": ("parallel",), "loss_chunk": ("fused_loss", "parallel")}
+"""The options of `Vocabulary` that are no switches, and the switches that read them."""
 
 
 @dataclass(frozen=True, kw_only=True)

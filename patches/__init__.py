@@ -26,7 +26,9 @@ GROUPS: Mapping[str, tuple[Patch, ...]] = {
     "fp8.activations": fusions.PATCHES,
     "vocabulary": schedules.PATCHES,
     "allocator": schedules.PATCHES,
+    "vocabulary.parallel": gpt_model.BUILD_PATCHES,
     "vocabulary.loss": (*gpt_model.LOSS_PATCHES, *language_module.LOSS_PATCHES),
+    "schedule.building": gpt_model.BUILD_PATCHES,
     "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),
 }
 """The patches of each capability, by the name of its section in the configuration; behind a dot, a part of it that is

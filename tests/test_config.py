@@ -366,10 +366,26 @@ def test_a_section_can_be_switched_by_a_boolean(tmp_path: Path) -> None:
         assert load_config(config) == load_config(write(tmp_path, config.to_yaml())) == config
     assert parse("--megamem-vocabulary-fused-loss", "true").vocabulary == Vocabulary(fused_loss=True)
     assert load_config({"vocabulary": {"fused_loss": False}}) == load_config({"vocabulary": {}}) == Config()
-    with pytest.raises(ConfigError, match=r"loss_chunk: has no effect with fused_loss 'false'; set .* one of true"):
+    with pytest.raises(
+        ConfigError, match=r"loss_chunk: has no effect without vocabulary.fused_loss or .*parallel; set"
+    ):
         load_config({"vocabulary": {"loss_chunk": 4096}})
     with pytest.raises(ConfigError, match="'yes' is neither true nor false"):
         load_config({"vocabulary": {"fused_loss": "yes", "loss_chunk": 4096}})
+
+
+def test_a_section_with_two_switches_is_on_with_either(tmp_path: Path) -> None:
+    shared = load_config({"vocabulary": {"parallel": True, "barriers": 2, "loss_chunk": 512}})
+    assert shared.enabled == ("vocabulary",) and not shared.vocabulary.fused_loss
+    assert load_config(shared) == load_config(write(tmp_path, shared.to_yaml())) == shared
+    assert "barriers" not in load_config({"vocabulary": {"fused_loss": True}}).to_dict()["vocabulary"]  # type: ignore[operator]
+    assert load_config(shared, {"vocabulary.fused_loss": "false"}) == shared  # the other switch is still on
+    assert load_config(shared, {"vocabulary.parallel": "false"}) == Config()  # and what only it read is gone
+    with pytest.raises(ConfigError, match=r"barriers: has no effect without vocabulary.parallel; set it to true"):
+        load_config({"vocabulary": {"fused_loss": True, "barriers": 2}})
+    with pytest.raises(ConfigError, match=r"barriers: 3 is out of range; give a whole number from 1 to 2") as caught:
+        load_config({"vocabulary": {"parallel": "perhaps", "barriers": 3}})
+    assert len(caught.value.problems) == 2
 
 
 @pytest.mark.parametrize("word", ["false", "False"])

@@ -9,7 +9,7 @@ import argparse
 
 from megamem.config import Config
 from megamem.errors import MegamemError
-from megamem.planner.schedules.plan import plan_schedule
+from megamem.planner.schedules.plan import default_schedule, plan_schedule
 
 
 def plan_pipeline(args: argparse.Namespace, config: Config) -> list[str]:
@@ -18,21 +18,23 @@ def plan_pipeline(args: argparse.Namespace, config: Config) -> list[str]:
     `args.stock_virtual_stages` stays what the flags of Megatron say, for the stock run of a comparison.
     """
     args.stock_virtual_stages = args.virtual_stages
-    if not config.schedule.is_on:
-        return []
     ranks = args.pipeline_model_parallel_size
-    if ranks == 1:
+    if ranks == 1 and config.schedule.is_on:
         return [f"--megamem-schedule-name {config.schedule.name} needs --pipeline-model-parallel-size of 2 or more"]
+    if ranks == 1 or not (config.schedule.is_on or config.vocabulary.parallel):
+        return []
+    options = config.schedule if config.schedule.is_on else default_schedule(args.virtual_stages)
     try:
         planned = plan_schedule(
-            config.schedule,
+            options,
             num_ranks=ranks,
             num_microbatches=args.num_microbatches,
             num_chunks=args.virtual_stages,
             num_layers=args.num_layers,
+            vocabulary=config.vocabulary.barriers if config.vocabulary.parallel else None,
         )
     except MegamemError as error:
-        return f"--megamem-schedule-name {config.schedule.name}: {error}".splitlines()
+        return f"--megamem-schedule-name {options.name}: {error}".splitlines()
     chunks = planned.schedule.placement.num_chunks
     args.virtual_stages = chunks if chunks > 1 else None
     return []

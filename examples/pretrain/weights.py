@@ -1,8 +1,8 @@
 """The same initial weights for both runs of a comparison, however each of them places its layers.
 
 Equal seeds give equal weights only where every rank builds the same layers in the same order. A schedule may change
-that; then the second run reads what the first began with, through a distributed checkpoint, which knows layers by their
-number in the model.
+that, and so does vocabulary parallelism; then the second run reads what the first began with, through a distributed
+checkpoint, which knows layers by their number in the model, and rows by their place in the vocabulary.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class InitialWeights:
 
 @contextlib.contextmanager
 def same_weights(args: argparse.Namespace, config: Config) -> Iterator[InitialWeights]:
-    """Initial weights to hand from run to run, where the schedule may place layers elsewhere."""
-    folder = args.data_cache_path / "initial-weights" if config.schedule.is_on else None
+    """Initial weights to hand from run to run, where the second may have layers or embeddings on other ranks."""
+    elsewhere = config.schedule.is_on or config.vocabulary.parallel
+    folder = args.data_cache_path / "initial-weights" if elsewhere else None
     try:
         _remove(folder)
         yield InitialWeights(folder)

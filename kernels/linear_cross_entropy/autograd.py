@@ -107,11 +107,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             else:
                 sum_(input_gradient, layout.group)
         if into_main_grad:
-            weight_gradient = _mark_added(ctx.parameter)
+            weight_gradient = mark_added(ctx.parameter)
         return input_gradient, weight_gradient, None, None
 
 
-def _mark_added(parameter: Any) -> torch.Tensor | None:
+def mark_added(parameter: Any) -> torch.Tensor | None:
     """Tell Megatron's data parallelism that `main_grad` has been added to; what autograd is given for the parameter.
 
     Its hook on the parameter wants a gradient to arrive, and throws it away, unless `zero_out_wgrad` says that another

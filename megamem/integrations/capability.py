@@ -33,13 +33,14 @@ class CapabilityReport(Protocol):
 class Capability(ABC):
     """One section of the configuration, switched on in one process.
 
-    In the order in which a run calls them: `patches`, `expected`, `on_layer_built`, `problems`, `adopt`, then for each
-    step `begin_step`, `run_step` and `end_step` (or `abandon_step`), after the first training step `is_live`, at any
-    time `report`, at the end `close`. A method that a capability does not need is left as it is here.
+    In the order in which a run calls them: `patches`, `expected`, `build_model`, `on_layer_built`, `problems`, `adopt`,
+    then for each step `begin_step`, `run_step` and `end_step` (or `abandon_step`), after the first training step
+    `is_live`, at any time `report`, at the end `close`. A method that a capability does not need is left as it is here.
     """
 
     SECTION: ClassVar[str]  # of the configuration; `patches.GROUPS` has what bounds its steps by the same name
     OPTION: ClassVar[str]  # the option that switches it on, as errors name it
+    BUILDS: ClassVar[bool] = False  # whether models are to be built by `build_model`
     NOT_LIVE: ClassVar[str]  # what is likely wrong when it took no part in the first step, and how to go on without
 
     @abstractmethod
@@ -49,6 +50,11 @@ class Capability(ABC):
     def expected(self) -> str:
         """What to expect of it, in bytes or time, as far as that is known when it is switched on."""
         return ""
+
+    def build_model(self, model: Module, values: dict[str, Any], construct: Callable[[], None]) -> None:
+        """A GPTModel is to be constructed: `construct` does it, with `values` for arguments. Only where `BUILDS`."""
+        del model, values
+        construct()
 
     def on_layer_built(self, layer: Module) -> None:  # noqa: B027 - most need none
         """A transformer layer was constructed. Raises UnsupportedError where it does not go with the capability."""

@@ -37,26 +37,29 @@ from megamem.integrations.capability import Capability, CapabilityReport, agree,
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, plan_ahead
 from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
+from megamem.integrations.placement import VPlacement
 from megamem.integrations.plan_check import check_layout, check_model
 from megamem.integrations.report import ActivationReport, Report
 from megamem.integrations.saved_activations import SavedActivations
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
 from megamem.integrations.switch_on import switch_on_table
 from megamem.integrations.vocabulary import FusedLoss
+from megamem.integrations.vocabulary_parallel import VocabularyParallel
+from megamem.ir.schedule import Barriers
 from megamem.patches import GROUPS, TRAINER_PLACEMENTS
 from megamem.patches.registry import Applied, Patch, apply
 from megamem.planner.activations import plan_activations
-from megamem.planner.schedules.plan import PlannedSchedule
+from megamem.planner.schedules.plan import PlannedSchedule, default_schedule
 from megamem.runtime.activations.engine import ActivationEngine
 from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.activations.streams import AbstractDevice, HostDevice
 from megamem.runtime.arena import StaticAllocator
-from megamem.runtime.session import AbstractSession
+from megamem.runtime.session import AbstractBuilder, AbstractSession
 
 _LOG = logging.getLogger("megamem")
 
 CAPABILITIES: Mapping[str, Callable[[Config], Capability]] = {
-    "vocabulary": lambda config: FusedLoss(config.vocabulary),
+    "vocabulary": lambda config: _vocabulary(config),
     "allocator": lambda config: PlannedMemory(config.allocator),
     "fp8": lambda config: SavedActivations(config.fp8),
 }
@@ -88,7 +91,9 @@ def enable(
         raise ConfigError("call megamem.enable after megatron.core.parallel_state.initialize_model_parallel")
     if loaded.plan is not None:
         check_layout(loaded.plan, parallel_state)
-    planned = plan_ahead(loaded.schedule) if loaded.schedule.is_on else None  # before the first collective
+    loaded = _with_schedule(loaded, parallel_state)
+    barriers = _barriers(loaded, parallel_state)
+    planned = plan_ahead(loaded.schedule, barriers) if loaded.schedule.is_on else None  # before the first collective
     host_nbytes = _agreed_host_memory(loaded, parallel_state) if loaded.activations.is_on else 0
     session = Session(loaded, host_nbytes, device, planned)
     wanted = dict.fromkeys(patch for name in loaded.enabled for patch in GROUPS[name])  # groups share patches
@@ -96,12 +101,15 @@ def enable(
     if session.schedule is not None and session.schedule.placement is not None:
         of_models = (*GROUPS["schedule.v-placement"], *_of_loaded_trainers())
         patches += [patch.bound(session.schedule.placement) for patch in of_models]
+    if session.builders:
+        patches += [patch.bound(session) for patch in GROUPS["schedule.building"]]
     for capability in session.capabilities:
         patches += capability.patches()
     applied = apply(patches)
     if torch.distributed.get_rank() == 0:
         where = str(config) if isinstance(config, str | Path) else "megamem.enable"
         implied = origins_in(loaded, f"schedule.name: {loaded.schedule.name}")
+        implied |= origins_in(Config(schedule=loaded.schedule), "vocabulary.parallel: true")
         print(session.table({**implied, **(origins or origins_in(asked, where))}), flush=True)
     return Handle(loaded, session, applied)
 
@@ -119,6 +127,27 @@ def _with_offloads(config: Config) -> Config:
     return replace(config, activations=Activations(policy="memo", keep_last_layers=0))
 
 
+def _with_schedule(config: Config, parallel_state: Any) -> Config:
+    """The configuration with a schedule that vocabulary parallelism runs in: Megatron's order, if none is named."""
+    if config.schedule.is_on or _barriers(config, parallel_state) is None:
+        return config
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return replace(config, schedule=default_schedule(chunks))
+
+
+def _barriers(config: Config, parallel_state: Any) -> Barriers | None:
+    """Of vocabulary parallelism; None without, also where there is one pipeline rank, and nothing to share."""
+    is_shared = config.vocabulary.parallel and parallel_state.get_pipeline_model_parallel_world_size() > 1
+    return config.vocabulary.barriers if is_shared else None
+
+
+def _vocabulary(config: Config) -> Capability:
+    from megatron.core import parallel_state
+
+    options = config.vocabulary
+    return FusedLoss(options) if _barriers(config, parallel_state) is None else VocabularyParallel(options)
+
+
 def _agreed_host_memory(config: Config, parallel_state: Any) -> int:
     """Bytes of host memory for this rank; the least of its tensor-parallel group, whose ranks must store alike."""
     wanted = resolve_host_memory(config.activations.host_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -131,7 +160,7 @@ def _agreed_name() -> str:
 
 
 @final
-class Session(AbstractSession):
+class Session(AbstractSession, AbstractBuilder):
     """What Megatron's patched functions call."""
 
     def __init__(
@@ -140,9 +169,10 @@ class Session(AbstractSession):
         self.config, self.host_nbytes = config, host_nbytes
         self.engine: ActivationEngine | None = None
         self.schedule: MegatronSchedule | None = None
-        if config.schedule.is_on:
-            self.schedule = MegatronSchedule.of(config.schedule, planned, _agreed_name())
         self.capabilities = [make(config) for name, make in CAPABILITIES.items() if name in config.enabled]
+        if config.schedule.is_on:
+            shared = next((item for item in self.capabilities if isinstance(item, VocabularyParallel)), None)
+            self.schedule = MegatronSchedule.of(config.schedule, planned, _agreed_name(), shared)
         self._trace_writer = TraceWriter(config.schedule.trace) if config.schedule.trace != "none" else None
         self._device = device
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
@@ -161,6 +191,27 @@ class Session(AbstractSession):
             planned=self._planned,
             capabilities=self.capabilities,
         )
+
+    @property
+    def builders(self) -> list[VPlacement | Capability]:
+        """What takes part in the construction of models, the innermost first."""
+        found: list[VPlacement | Capability] = [item for item in self.capabilities if item.BUILDS]
+        if self.schedule is not None and self.schedule.placement is not None:
+            found.insert(0, self.schedule.placement)
+        return found
+
+    def build_model(
+        self, model: Module, construct: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        given = inspect.signature(construct).bind(model, *args, **kwargs)
+        given.apply_defaults()
+
+        def run() -> None:
+            construct(*given.args, **given.kwargs)
+
+        for builder in self.builders:
+            run = partial(builder.build_model, model, given.arguments, run)
+        run()
 
     def on_layer_built(self, layer: Module) -> None:
         self._num_built += 1

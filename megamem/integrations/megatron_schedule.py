@@ -7,22 +7,20 @@ gets the number of tokens, loss dicts come back in the order of microbatches and
 
     refuse                  what does not go with a schedule, before the first message
     MegatronSchedule        plans, connections and failures of a process; runs a step
-    _Stages                 the model's chunks in one step: what the loop calls
+    megatron_stages         the model's chunks in one step: what the loop calls
+    step_plan               a schedule ready to run
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -31,73 +29,46 @@ from torch.nn import Module
 from megamem.config import Scheduling
 from megamem.errors import PipelineError, UnsupportedError
 from megamem.integrations import compat
-from megamem.integrations.gradient_sync import GradientSync, check_order
+from megamem.integrations.gradient_sync import check_order
 from megamem.integrations.megatron_linear import SplitLinears
+from megamem.integrations.megatron_stages import Stages, formats
 from megamem.integrations.placement import VPlacement
 from megamem.integrations.step_call import StepCall
+from megamem.integrations.step_plan import StepPlan
 from megamem.integrations.transformer_engine import DelayedLinears
-from megamem.ir.schedule import Action, Placement, Schedule, Shape
+from megamem.ir.schedule import Action, Barriers, Placement, Schedule, Shape
 from megamem.planner.schedules.families import FAMILIES
 from megamem.planner.schedules.forward_order import forward_order
-from megamem.planner.schedules.passes import add_communication
 from megamem.planner.schedules.plan import PlannedSchedule, load_schedule, plan_schedule
 from megamem.runtime.pipeline.failure import FailureNotice
 from megamem.runtime.pipeline.links import Links
-from megamem.runtime.pipeline.loop import AbstractStages, Loop, check_kinds
-from megamem.runtime.pipeline.mailbox import Format, Mailbox
+from megamem.runtime.pipeline.loop import Loop
+from megamem.runtime.pipeline.mailbox import Mailbox
 from megamem.runtime.pipeline.trace import Trace
 from megamem.runtime.pipeline.weights import WeightQueue
+
+if TYPE_CHECKING:
+    from megamem.integrations.vocabulary_parallel import VocabularyParallel
 
 _LOG = logging.getLogger("megamem")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A schedule ready to run: with its messages, and what this rank must know of its own part."""
-
-    schedule: Schedule
-    planned: PlannedSchedule | None  # None for a forward-only order
-    actions: tuple[Action, ...]
-    split: frozenset[tuple[int, int]]  # chunks and microbatches whose backward pass is B and W
-    offloaded: frozenset[tuple[int, int]]  # chunks and microbatches that wait in host memory between F and B
-    first: frozenset[Action]  # the first F of every chunk
-    last: frozenset[Action]  # the actions of every chunk's last microbatch that make gradients
-    last_gradient: dict[Action, int]  # the action after which a chunk has all its gradients
-
-    @classmethod
-    def of(cls, schedule: Schedule, planned: PlannedSchedule | None, rank: int) -> _Plan:
-        check_kinds(action for _, action in schedule)  # of all ranks: they refuse together, or none does
-        actions = add_communication(schedule).ranks[rank]
-        first: dict[int, Action] = {}
-        final: dict[int, Action] = {}
-        for action in actions:
-            if action.kind == "F":
-                first.setdefault(action.chunk, action)
-            elif action.kind in ("B", "W", "BW"):
-                final[action.chunk] = action
-        last = {
-            action
-            for action in actions
-            if action.kind in ("B", "W", "BW") and action.microbatch == final[action.chunk].microbatch
-        }
-        return cls(
-            schedule=schedule,
-            planned=planned,
-            actions=actions,
-            split=frozenset((a.chunk, a.microbatch) for a in actions if a.kind == "B"),
-            offloaded=frozenset((a.chunk, a.microbatch) for a in actions if a.kind == "OFFLOAD"),
-            first=frozenset(first.values()),
-            last=frozenset(last),
-            last_gradient={action: chunk for chunk, action in final.items()},
-        )
-
-
 @final
 class MegatronSchedule:
-    """Runs the steps of a process as `options` ask. `placement` is the model's where it is not Megatron's own."""
+    """Runs the steps of a process as `options` ask.
 
-    def __init__(self, options: Scheduling, placement: VPlacement | None, name: str) -> None:
-        self.options, self.placement, self._name = options, placement, name
+    placement:   the model's, where it is not Megatron's own
+    vocabulary:  what shares the embeddings among the ranks, where they do
+    """
+
+    def __init__(
+        self,
+        options: Scheduling,
+        placement: VPlacement | None,
+        name: str,
+        vocabulary: VocabularyParallel | None = None,
+    ) -> None:
+        self.options, self.placement, self._name, self.vocabulary = options, placement, name, vocabulary
         self.offloads = offloads(options)
         self.queue = WeightQueue()
         self.linears = SplitLinears(self.queue)
@@ -107,7 +78,7 @@ class MegatronSchedule:
         self.observe: Callable[[Action], None] | None = None  # called after every action of a training step
         self.leaving: tuple[int, int] | None = None  # chunk and microbatch that runs forward and is to be offloaded
         self.reload: Callable[[tuple[int, int]], None] = lambda key: None  # what RELOAD calls
-        self._plans: dict[tuple[int, int, bool], _Plan] = {}
+        self._plans: dict[tuple[int, int, bool], StepPlan] = {}
         self._ordered: set[tuple[int, bool]] = set()  # plans, by id, whose order of gradients is known to be right
         self._is_alone = self._can_split = False
         self._links: Links | None = None
@@ -117,13 +88,19 @@ class MegatronSchedule:
         self._chunks: list[weakref.ref[Module]] = []
 
     @classmethod
-    def of(cls, options: Scheduling, planned: PlannedSchedule | None, name: str) -> MegatronSchedule:
+    def of(
+        cls,
+        options: Scheduling,
+        planned: PlannedSchedule | None,
+        name: str,
+        vocabulary: VocabularyParallel | None = None,
+    ) -> MegatronSchedule:
         """For a model that is about to be built: with a V placement if the schedule asked for is made for one.
 
         `planned` is what `plan_ahead` gave. `name` is the same on all ranks of the job, and no earlier one's:
         connections are found by it.
         """
-        return cls(options, VPlacement() if _shape(options, planned) == "v" else None, name)
+        return cls(options, VPlacement() if _shape(options, planned) == "v" else None, name, vocabulary)
 
     @property
     def planned(self) -> PlannedSchedule | None:
@@ -149,6 +126,8 @@ class MegatronSchedule:
             self._notice.close()
         if self._links is not None:
             self._links.close()
+        if self.vocabulary is not None:
+            self.vocabulary.disconnect()
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Run a step as a schedule. Raises PipelineError on every rank when one fails."""
@@ -183,20 +162,21 @@ class MegatronSchedule:
         self._known.update(call.chunks)
         self._chunks = [weakref.ref(chunk) for chunk in call.chunks]
 
-    def _check_order(self, plan: _Plan, reduces: bool) -> None:
+    def _check_order(self, plan: StepPlan, reduces: bool) -> None:
         """Once per plan and setting."""
         if (key := (id(plan), reduces)) not in self._ordered:
             check_order(plan.schedule, reduces=reduces, overwrites=self.delayed.overwrites)
             self._ordered.add(key)
 
-    def _plan(self, call: StepCall) -> _Plan:
+    def _plan(self, call: StepCall) -> StepPlan:
         key = len(call.chunks), call.num_microbatches, call.forward_only
         if key not in self._plans:
             num_ranks, rank = call.group.size(), call.group.rank()
             shape: Shape = "round-robin" if self.placement is None else self.placement.placement.shape
             if call.forward_only:
                 placement = Placement(shape=shape, num_ranks=num_ranks, num_chunks=len(call.chunks))
-                self._plans[key] = _Plan.of(forward_order(placement, call.num_microbatches), None, rank)
+                order = forward_order(placement, call.num_microbatches, vocabulary=self.vocabulary is not None)
+                self._plans[key] = StepPlan.of(order, None, rank)
             else:
                 planned = plan_schedule(
                     self.options,
@@ -204,9 +184,11 @@ class MegatronSchedule:
                     num_microbatches=call.num_microbatches,
                     num_chunks=len(call.chunks),
                     shapes=(shape,),
+                    vocabulary=None if self.vocabulary is None else self.vocabulary.barriers,
                 )
                 self._refuse_idle_split(planned.schedule)
-                self._plans[key] = _Plan.of(planned.schedule, planned, rank)
+                is_tied = self.vocabulary is not None and self.vocabulary.shards.is_tied
+                self._plans[key] = StepPlan.of(planned.schedule, planned, rank, is_tied=is_tied)
         return self._plans[key]
 
     def _refuse_idle_split(self, schedule: Schedule) -> None:
@@ -218,15 +200,20 @@ class MegatronSchedule:
                 f"LayerNormLinear or GroupedLinear{why}. Use 1f1b or interleaved"
             )
 
-    def _guarded(self, call: StepCall, config: Any, plan: _Plan) -> list[Any]:
+    def _guarded(self, call: StepCall, config: Any, plan: StepPlan) -> list[Any]:
         links, notice = self._connected(call, plan)
-        stages = _Stages(self, call, config, plan, links.device)
         trace = Trace(links.rank, links.device) if self.records and not call.forward_only else None
-        mailbox = Mailbox(links, plan.schedule.placement, links.rank, _formats(call, config, links.device))
+        forms = formats(call, config, links.device)
+        mailbox = Mailbox(links, plan.schedule.placement, links.rank, forms)
         self._mailbox = mailbox
-        loop = Loop(stages, mailbox, notice, keeps=not call.forward_only, trace=trace)
-        loop.observe = None if call.forward_only else self.observe
+        loop: Loop | None = None
         try:
+            ends = passes = None
+            if self.vocabulary is not None:
+                ends, passes = self.vocabulary.begin(call, config, self.placement, plan, forms["F"])
+            stages = Stages(self, call, config, plan, links.device, ends)
+            loop = Loop(stages, mailbox, notice, vocabulary=passes, keeps=not call.forward_only, trace=trace)
+            loop.observe = None if call.forward_only else self.observe
             result = stages.step(loop)
         except BaseException as error:
             self._fail(error, loop)
@@ -234,11 +221,13 @@ class MegatronSchedule:
         finally:
             notice.end()
             self._mailbox = None
+            if self.vocabulary is not None:
+                self.vocabulary.end()
         if trace is not None:
             self.trace = trace
         return result
 
-    def _connected(self, call: StepCall, plan: _Plan) -> tuple[Links, FailureNotice]:
+    def _connected(self, call: StepCall, plan: StepPlan) -> tuple[Links, FailureNotice]:
         ranks = dist.get_process_group_ranks(call.group)
         if self._links is None or self._links.ranks != tuple(ranks):
             self._links = Links(ranks, call.group.rank(), call.device, self._store())
@@ -249,6 +238,9 @@ class MegatronSchedule:
             self._leave()
             raise PipelineError(f"before this rank began its step: {earlier}")
         links.open(plan.schedule.placement, self._notice.epoch)
+        if self.vocabulary is not None:
+            notice = self._notice
+            self.vocabulary.connect(call.group, links.device, self._store(), notice.epoch, lambda: notice.found)
         return links, self._notice
 
     def _store(self) -> Any:
@@ -258,6 +250,8 @@ class MegatronSchedule:
         """Called by the thread that watches for failures: end what waits on the device."""
         if self._links is not None and self._links.device.type == "cuda":
             self._links.close()
+            if self.vocabulary is not None:
+                self.vocabulary.disconnect()
 
     def _leave(self) -> None:
         """After a failure: nothing of the step may be left, and nothing of its connections."""
@@ -265,25 +259,33 @@ class MegatronSchedule:
         self.queue.clear()
         self.delayed.forget()
         self._links.close()
+        if self.vocabulary is not None:
+            self.vocabulary.disconnect()
         self._notice.next_epoch()
 
-    def _fail(self, error: BaseException, loop: Loop) -> None:
+    def _fail(self, error: BaseException, loop: Loop | None) -> None:
         """Tell the other ranks, and raise what failed first. What is no Exception (an interrupt) passes through."""
         assert self._links is not None and self._notice is not None
-        where = f"in {loop.current}" if loop.current is not None else "after its last action"
+        if loop is None:
+            where = "before its first action"
+        else:
+            where = f"in {loop.current}" if loop.current is not None else "after its last action"
         rank = self._links.rank
         what = (
             f"pipeline rank {rank} (global {self._links.ranks[rank]}) failed {where}: {type(error).__name__}: {error}"
         )
         first = self._notice.publish(what)
-        loop.abandon()
+        if loop is not None:
+            loop.abandon()
         self._leave()
         if isinstance(error, Exception):
             raise PipelineError(first) from error
 
 
-def plan_ahead(options: Scheduling) -> PlannedSchedule | None:
+def plan_ahead(options: Scheduling, vocabulary: Barriers | None = None) -> PlannedSchedule | None:
     """The schedule of the steps to come, where the trainer has told Megatron how many microbatches they have.
+
+    vocabulary: barriers, where all ranks share the embeddings
 
     So that what cannot be had is refused before the model is built, and before anything is sent. Raises as
     `plan_schedule`, on every rank alike.
@@ -293,7 +295,9 @@ def plan_ahead(options: Scheduling) -> PlannedSchedule | None:
     if num_microbatches is None or num_ranks == 1:
         return None
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    return plan_schedule(options, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=chunks)
+    return plan_schedule(
+        options, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=chunks, vocabulary=vocabulary
+    )
 
 
 def _shape(options: Scheduling, planned: PlannedSchedule | None) -> Shape:
@@ -343,135 +347,3 @@ def _total(number: int, group: Any, device: torch.device) -> int:
     value = torch.tensor([number], dtype=torch.int64, device=device)
     dist.all_reduce(value, group=group)
     return int(value.item())
-
-
-def _formats(call: StepCall, config: Any, device: torch.device) -> dict[Any, Format]:
-    """What messages look like, from the sizes the trainer gives."""
-    shape: tuple[int, ...] | None = None
-    shapes: dict[str, tuple[int, ...] | None] = {"F": None, "B": None}
-    if not config.variable_seq_lengths:
-        (shape,) = schedules.get_tensor_shapes(
-            **call.sizes, config=config, tp_group=call.groups.tp, cp_group=call.groups.cp
-        )
-        shapes = {"F": shape, "B": shape}
-        if call.adjust_shapes is not None:
-            # What a stage receives, and what it sends and so gets the gradient of.
-            received, sent = call.adjust_shapes([shape], [shape])
-            if len(received) != 1 or len(sent) != 1:
-                raise UnsupportedError(
-                    "adjust_tensor_shapes_fn asks for several tensors per message; only one is possible"
-                )
-            shapes = {"F": tuple(received[0]), "B": tuple(sent[0])}
-    return {
-        direction: Format(shape=size, dtype=config.pipeline_dtype, device=device) for direction, size in shapes.items()
-    }
-
-
-@final
-class _Stages(AbstractStages):
-    """The chunks of a rank during one step."""
-
-    def __init__(self, owner: MegatronSchedule, call: StepCall, config: Any, plan: _Plan, device: torch.device) -> None:
-        self._owner, self._queue, self._placement = owner, owner.queue, owner.placement
-        self._call, self._config, self._plan = call, config, plan
-        place, rank = plan.schedule.placement, call.group.rank()
-        self._is_last = [place.stage(rank, chunk) == place.num_stages - 1 for chunk in range(place.num_chunks)]
-        self._results: dict[int, list[Any]] = {}
-        self._num_tokens = torch.zeros([], dtype=torch.int, device=device)
-        self._sync = GradientSync(config, call.chunks, plan.last, plan.last_gradient.keys())
-        self._extra = {"model_type": None} if compat.backward_step_takes_model_type() else {}
-
-    def step(self, loop: Loop) -> list[Any]:
-        """The whole step: timers, loop, and what trainers expect at its end."""
-        call, config = self._call, self._config
-        if config.timers is not None:
-            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        with self._sync.step(call.forward_only):
-            loop.run(self._plan.actions)
-        loop.current = None
-        results = [result for _, made in sorted(self._results.items()) for result in made]
-        if self._placement is not None:
-            self._placement.hand_over_tokens(self._num_tokens)
-            results = self._placement.hand_over_losses(results)
-        if config.finalize_model_grads_func is not None and not call.forward_only:
-            self._finalize()
-        if config.timers is not None:
-            config.timers("forward-backward").stop()
-        return results
-
-    def _finalize(self) -> None:
-        call = self._call
-        options: dict[str, Any] = {"pg_collection": call.groups}
-        if compat.takes_force_all_reduce(call.step):
-            options["force_all_reduce"] = call.force_all_reduce
-        tokens = self._num_tokens if self._config.calculate_per_token_loss else None
-        self._config.finalize_model_grads_func(call.chunks, tokens, **options)
-
-    def forward(self, action: Action, received: Tensor | None) -> Tensor:
-        _, chunk, microbatch, *_ = action
-        call, is_last = self._call, self._is_last[chunk]
-        is_first = action in self._plan.first
-        if is_first:
-            self._sync.before_first_forward(chunk)
-        made: list[Any] = []
-        with self._in_chunk(action):
-            output, num_tokens = schedules.forward_step(
-                call.forward_step_func,
-                call.iterators[chunk],
-                call.chunks[chunk],
-                call.num_microbatches,
-                received,
-                made,
-                self._config,
-                call.groups.cp.size(),
-                collect_non_loss_data=call.collect_non_loss_data,
-                is_first_microbatch=schedules.check_first_val_step(call.first_val_step, call.forward_only, is_first),
-                current_microbatch=microbatch,
-                vp_stage=chunk if len(call.chunks) > 1 else None,
-                is_last_stage=is_last,
-            )
-        if is_last:
-            self._results[microbatch] = made
-            self._num_tokens += num_tokens
-        return output  # type: ignore[no-any-return]
-
-    def backward(
-        self, action: Action, received: Tensor | None, output: Tensor, gradient: Tensor | None
-    ) -> Tensor | None:
-        with self._sync.around(action), self._in_chunk(action):
-            result: Tensor | None = schedules.backward_step(
-                input_tensor=received,
-                output_tensor=output,
-                output_tensor_grad=gradient,
-                config=self._config,
-                **self._extra,
-            )
-        return result
-
-    def weight(self, action: Action) -> None:
-        with self._sync.around(action):
-            self._queue.run(action.chunk, action.microbatch, action.part, action.parts)
-
-    def release(self, output: Tensor) -> None:
-        schedules.deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
-
-    @contextlib.contextmanager
-    def _in_chunk(self, action: Action) -> Iterator[None]:
-        """What holds while a chunk runs: where its weight gradients go, and which stage Megatron believes it is."""
-        key = action.chunk, action.microbatch
-        if action.kind == "F" and key in self._plan.offloaded:
-            self._owner.leaving = key
-        try:
-            with contextlib.ExitStack() as stack:
-                if key in self._plan.split:
-                    self._queue.collect(*key)
-                    stack.enter_context(self._owner.delayed.hiding(*key, forward=action.kind == "F"))
-                if self._placement is not None:
-                    stack.enter_context(self._placement.as_stage(action.chunk))
-                yield
-        finally:
-            self._queue.stop()
-            self._owner.leaving = None
-
-    def reload(self, action: Action) -> None:
-        self._owner.reload((action.chunk, action.microbatch))

@@ -28,7 +28,6 @@ last rank: `hand_over_losses` and `hand_over_tokens` bring it there.
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,15 +141,11 @@ class VPlacement(AbstractPlacement):
 
     # -- construction --------------------------------------------------------------------------------------------------
 
-    def build(
-        self, model: Module, construct: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        given = inspect.signature(construct).bind(model, *args, **kwargs)
-        given.apply_defaults()
-        values = given.arguments
+    def build_model(self, model: Module, values: dict[str, Any], construct: Callable[[], None]) -> None:
+        """Have a GPTModel constructed, with `values` for arguments, for the stage that its chunk is."""
         groups = copy.copy(values["pg_collection"] or ProcessGroupCollection.use_mpu_process_groups())
         if groups.pp.size() == 1:  # a model of its own beside the pipeline
-            construct(*given.args, **given.kwargs)
+            construct()
             return
         problems = [*_problems(values, self.placement, self._announced)]
         if problems:
@@ -161,7 +156,7 @@ class VPlacement(AbstractPlacement):
         values |= {"pg_collection": groups, "vp_stage": chunk}
         values |= {"pre_process": self.is_first(chunk), "post_process": self.is_last(chunk)}
         with self.as_stage(chunk):
-            construct(*given.args, **given.kwargs)
+            construct()
         self._check_layers(model, chunk)
 
     def on_language_model(self, model: Module) -> None:
@@ -229,7 +224,7 @@ class VPlacement(AbstractPlacement):
 
     def check_model(self, chunks: Sequence[Module]) -> None:
         """Raise UnsupportedError unless `chunks` are this rank's chunks, in order, and were built by this placement."""
-        models = [_inner(chunk) for chunk in chunks]
+        models = [inner_model(chunk) for chunk in chunks]
         found = [_chunk_of(model) if _is_placed(model) else "an unplaced one" for model in models]
         if found != [*range(self.placement.num_chunks)]:
             raise UnsupportedError(
@@ -238,7 +233,7 @@ class VPlacement(AbstractPlacement):
             )
 
     def sum_tied_gradients(self, chunks: Sequence[Module]) -> bool:
-        models = [_inner(chunk) for chunk in chunks]
+        models = [inner_model(chunk) for chunk in chunks]
         if not any(map(_is_placed, models)):
             return False
         self.check_model(chunks)
@@ -279,7 +274,7 @@ def _as_rank(rank: int) -> Iterator[None]:
         parallel_state.set_pipeline_model_parallel_rank(before)
 
 
-def _inner(chunk: Any) -> Any:
+def inner_model(chunk: Any) -> Any:
     """The model inside a trainer's wrappers."""
     while isinstance(getattr(chunk, "module", None), Module):
         chunk = chunk.module

@@ -54,7 +54,7 @@ class PendingLogits:
     """What an output layer would make logits [s, b, V / t] of.
 
     hidden:   [s, b, h], with sequence parallelism this rank's part of the sequence
-    weight:   [V / t, h], of the layer or of the embedding that it is tied to
+    weight:   [V / t, h], of the layer or of the embedding that it is tied to; None where it lies elsewhere
     scale:    what Megatron has multiplied the logits by since (muP, `LanguageModule._scale_logits`)
     arg_max:  [s, b], the word with the largest logit, once the loss is computed; for what follows the loss, which is
               the count of accepted tokens in multi-token prediction since 0.19
@@ -177,7 +177,7 @@ class FusedLoss(Capability, AbstractLoss):
 
     def problems(self, chunks: Sequence[Module]) -> list[str]:
         """Why losses of these model chunks cannot be computed; empty where all can."""
-        return [problem for model in _models(chunks) for problem in _problems(model)]
+        return [problem for model in models(chunks) for problem in loss_problems(model)]
 
     def adopt(self, chunks: Sequence[Module]) -> None:
         """Have the language models of these chunks come here that the patch of GPTModel does not reach, until `close`.
@@ -185,7 +185,7 @@ class FusedLoss(Capability, AbstractLoss):
         They are HybridModel, which was MambaModel before 0.18, and what is like it: its forward pass takes labels, and
         calls output layer and loss itself.
         """
-        for model in _models(chunks):
+        for model in models(chunks):
             if not isinstance(model, GPTModel) and model not in self._adopted:
                 vars(model)["forward"] = self._forward_of(model)
                 self._adopted.add(model)
@@ -202,11 +202,11 @@ class FusedLoss(Capability, AbstractLoss):
     def run_model(self, model: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not model.post_process:
             return method(model, *args, **kwargs)
-        if not _asks_for_loss(_signature(method).bind(model, *args, **kwargs).arguments):
+        if not asks_for_loss(signature(method).bind(model, *args, **kwargs).arguments):
             self.num_stock += 1
             return method(model, *args, **kwargs)
         self._check(model)
-        with _deferred(model.output_layer):
+        with deferred(model.output_layer):
             return method(model, *args, **kwargs)
 
     def compute(self, model: Any, method: Callable[..., Tensor], labels: Tensor, logits: Any) -> Tensor:
@@ -241,7 +241,7 @@ class FusedLoss(Capability, AbstractLoss):
 
     def _check(self, model: Any) -> None:
         if model not in self._known:
-            if problems := [*_problems(model)]:
+            if problems := [*loss_problems(model)]:
                 raise UnsupportedError(f"{FusedLoss.OPTION}: " + "; ".join(problems))
             self._known.add(model)
 
@@ -270,7 +270,7 @@ class FusedLoss(Capability, AbstractLoss):
 
 
 @contextlib.contextmanager
-def _deferred(layer: Module) -> Iterator[None]:
+def deferred(layer: Module) -> Iterator[None]:
     """While the block runs, calls of this output layer return `PendingLogits`. Its hooks run as ever."""
 
     def forward(
@@ -291,7 +291,7 @@ def _deferred(layer: Module) -> Iterator[None]:
         del vars(layer)["forward"]
 
 
-def _asks_for_loss(given: dict[str, Any]) -> bool:
+def asks_for_loss(given: dict[str, Any]) -> bool:
     """Whether a model called with these arguments returns a loss that Megatron itself would compute from logits."""
     own = ("inference_context", "inference_params", "output_processor")
     return (
@@ -301,12 +301,12 @@ def _asks_for_loss(given: dict[str, Any]) -> bool:
     )
 
 
-def _models(chunks: Sequence[Module]) -> list[LanguageModule]:
+def models(chunks: Sequence[Module]) -> list[LanguageModule]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModule)]
 
 
 @functools.cache
-def _signature(method: Callable[..., Any]) -> inspect.Signature:
+def signature(method: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(method)
 
 
@@ -315,11 +315,11 @@ def _output_weight(model: Any) -> Any:
     return model.shared_embedding_or_output_weight() if own is None else own
 
 
-def _problems(model: Any) -> Iterator[str]:
+def loss_problems(model: Any) -> Iterator[str]:
     """Why the loss of a language model cannot be computed without logits."""
     config = model.config
     name = type(model).__name__
-    if "labels" not in _signature(type(model).forward).parameters:
+    if "labels" not in signature(type(model).forward).parameters:
         yield f"{name} computes its loss in a way of its own, without which only GPTModel and HybridModel can do"
         return
     overridden = type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss

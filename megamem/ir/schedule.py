@@ -28,12 +28,16 @@ never waits: the action that needs a message waits for it.
 and every rank runs IF, S, T and IB once per microbatch; their chunk is written as 0 and means nothing. Between them
 are collectives of all pipeline ranks, each kind of them on a communicator of its own, posted without waiting as here:
 
+    tokens         on the rank of the first stage before IF(m - 2), on the others before IF(m): a broadcast, for IF(m)
     embedding      after IF(m) on every rank: the sum over the shards, for F(m) of the first stage
     hidden state   after F(m) of the last stage, on the other ranks before S(m): a broadcast, for S(m) on every rank
     statistics     after S(m) on every rank: an all-reduce, for T(m) on every rank
     gradient       to the rank of the last stage, for its B(m): the sum of the shards' gradients of the hidden state
     embedding's    after B(m) of the first stage, on the other ranks before IB(m): a broadcast of the gradient of the
                    embedding, for IB(m) on every rank
+
+Trainers give tokens to the first stage and labels to the last only, hence the broadcasts: labels come with the hidden
+state, tokens `TOKENS_AHEAD` microbatches before they are needed, so that no rank waits for the first one's IF.
 
 `Schedule.barriers` says where the gradient is made. With 2 (algorithm 1) T makes it along with the weight gradient, so
 B(m) of the last stage waits for T(m) of every rank. With 1 (algorithm 2) S makes it but for a factor of each token, it
@@ -61,7 +65,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 from megamem.errors import ScheduleError
 
@@ -77,6 +81,9 @@ VOCABULARY: frozenset[Kind] = frozenset({"S", "T", "IF", "IB"})
 COMPUTE: frozenset[Kind] = frozenset({"F", "B", "W", "BW", *VOCABULARY})
 COMMUNICATION: frozenset[Kind] = frozenset({"SEND_F", "RECV_F", "SEND_B", "RECV_B"})
 SHAPES: tuple[Shape, ...] = get_args(Shape)
+
+TOKENS_AHEAD: Final = 2
+"""Microbatches by which the rank of the first stage is ahead with tokens, and IF at most with embeddings."""
 
 _ACTION = re.compile(r"^(\d+)(" + "|".join(sorted(KINDS, key=len, reverse=True)) + r")(\d+)(?::(\d+)/(\d+))?$")
 _HEADER = "megamem-schedule 1"

@@ -32,18 +32,22 @@ class AbstractSession(ABC):
         """Run one forward-backward step over all microbatches."""
 
 
+class AbstractBuilder(ABC):
+    """How models are constructed, if not as the trainer has it."""
+
+    @abstractmethod
+    def build_model(
+        self, model: Module, construct: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run a model's constructor, `construct(model, *args, **kwargs)`."""
+
+
 class AbstractPlacement(ABC):
     """Where the chunks of a model lie in the pipeline, if not where the trainer puts them."""
 
     @abstractmethod
     def on_language_model(self, model: Module) -> None:
         """A language model's groups are set. Raises UnsupportedError where it is none that can be placed."""
-
-    @abstractmethod
-    def build(
-        self, model: Module, construct: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Run a model's constructor for the stage that its chunk is, whatever stage the trainer took it for."""
 
     @abstractmethod
     def run_building(self, build: Callable[..., Any], /, *args: Any, vp_stage: int | None, **kwargs: Any) -> Any:

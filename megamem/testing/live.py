@@ -55,6 +55,23 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)
 
 
+class LargestStorage(TorchDispatchMode):
+    """The most elements of any tensor that an operator of this thread returned in a storage of its own, and which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.where = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for leaf in _tensors(result):
+            elements = leaf.untyped_storage().nbytes() // leaf.element_size()
+            if elements > self.elements and leaf.untyped_storage()._cdata not in given:
+                self.elements, self.where = elements, f"{func} {tuple(leaf.shape)}"
+        return result
+
+
 class LiveStorages:
     """Counts the storages born while the context is open; those keep being followed after it closes."""
 

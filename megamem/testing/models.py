@@ -11,6 +11,7 @@ whole model): the full tensor is drawn and this rank keeps its tensor-parallel s
 between layouts is rounding, and dropout masks.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+
+from megamem.integrations.vocabulary_shards import shards_of
 
 SpecMaker = Callable[[TransformerConfig, int | None], Any]
 
@@ -195,8 +198,12 @@ def unwrap(chunk: torch.nn.Module) -> Any:
 
 
 def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with the layer and expert numbers of the whole model, so that names agree between layouts."""
+    """Parameters with the layer and expert numbers of the whole model, so that names agree between layouts.
+
+    A shard of a vocabulary that all ranks share has the name of the whole weight, and `[start:stop]`, its rows.
+    """
     model = unwrap(chunk)
+    shards = shards_of(model)
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
@@ -207,12 +214,19 @@ def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramet
             parts[at] = str(int(parts[at]) + local * parallel_state.get_expert_model_parallel_rank())
         if model.share_embeddings_and_output_weights and parts == ["output_layer", "weight"]:
             parts = ["embedding", "word_embeddings", "weight"]
+        if parts[0] == "vocabulary" and shards is not None:
+            whole = "output_layer.weight" if parts[1] == "output_layer" else "embedding.word_embeddings.weight"
+            parts = [f"{whole}[{shards.words.start}:{shards.words.stop}]"]
         yield ".".join(parts), parameter
 
 
 @torch.no_grad()
 def _fill(model: Any) -> None:
     for name, parameter in global_names(model):
+        if rows := re.fullmatch(r"(.*)\[(\d+):(\d+)\]", name):
+            full = (model.vocab_size, parameter.shape[1])
+            parameter.copy_(_shard(rows[1], full, 0, 0, 1, halves=1)[int(rows[2]) : int(rows[3])])
+            continue
         if ".experts." in name:
             rank, size = (
                 parallel_state.get_expert_tensor_parallel_rank(),

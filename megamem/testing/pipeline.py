@@ -8,11 +8,14 @@ assert ours.differences(stock) == []
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
@@ -51,10 +54,12 @@ class PipelineCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came out on this rank: the results of all steps in order, evaluations included, and the last gradients."""
+    """What came out on this rank: the results of all steps in order, evaluations included; the last gradients, and the
+    parameters, which the last step has not changed."""
 
     losses: list[dict[str, Any]]
     gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def differences(self, other: "Outcome") -> list[str]:
         """What is not bitwise equal: `losses`, and names of gradients with their relative error."""
@@ -122,7 +127,8 @@ def _train(case: PipelineCase, chunks: list[Module]) -> Outcome:
         losses += run_step(case, chunks, case.num_microbatches, seed=step)
         if optimizer is not None and step + 1 < case.steps:
             optimizer.step()
-    return Outcome(losses=losses, gradients=gradients_of(chunks))
+    parameters = {name: value.detach().clone() for chunk in chunks for name, value in global_names(chunk)}
+    return Outcome(losses=losses, gradients=gradients_of(chunks), parameters=parameters)
 
 
 def gradients_of(chunks: Sequence[Module]) -> dict[str, Tensor]:
@@ -139,6 +145,32 @@ def gradients_of(chunks: Sequence[Module]) -> dict[str, Tensor]:
                 assert name not in found or torch.equal(found[name], gradient), f"{name} differs between chunks"
                 found[name] = gradient.clone()
     return found
+
+
+def whole_model(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `gradients_of` or `Outcome.parameters` holds on the ranks of data-parallel rank 0, together; a collective.
+
+    The weights of the vocabulary are put together from their rows, whoever holds them; others have the number of the
+    tensor-parallel rank behind their name.
+    """
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, (_tensor_rank(), parallel_state.get_data_parallel_rank(), dict(values)))
+    found: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    for tensor_rank, replica, held in everybody:
+        for name, value in held.items() if replica == 0 else ():
+            if shard := re.fullmatch(r"(.*)\[(\d+):\d+\]", name):
+                rows.setdefault(shard[1], {})[int(shard[2])] = value
+            elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                rows.setdefault(name, {})[tensor_rank * len(value)] = value
+            else:
+                found[f"{name} {tensor_rank}"] = value
+    return found | {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in rows.items()}
+
+
+def _tensor_rank() -> int:
+    rank: int = parallel_state.get_tensor_model_parallel_rank()
+    return rank
 
 
 def run_step(case: PipelineCase, chunks: Sequence[Module], count: int, *, seed: int, **options: Any) -> list[Any]:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from megamem.patches.registry import Patch
 
 if TYPE_CHECKING:
-    from megamem.runtime.session import AbstractLoss, AbstractPlacement
+    from megamem.runtime.session import AbstractBuilder, AbstractLoss, AbstractPlacement
 
 _SUPPORTS = "megatron-core>=0.15.3,<0.20"
 
 
-def _placed(placement: AbstractPlacement, original: Callable[..., None]) -> Callable[..., None]:
+def _built(builder: AbstractBuilder, original: Callable[..., None]) -> Callable[..., None]:
     @wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
-        placement.build(self, original, args, kwargs)
+        builder.build_model(self, original, args, kwargs)
 
     return __init__
 
@@ -38,15 +38,21 @@ def _without_logits(loss: AbstractLoss, original: Callable[..., Any]) -> Callabl
     return _postprocess
 
 
-PATCHES = (
+BUILD_PATCHES = (
     Patch(
         target="megatron.core.models.gpt.gpt_model:GPTModel.__init__",
-        build=_placed,
+        build=_built,
         why="Trainers compute a chunk's stage from the ring of an interleaved pipeline and hand the result to the "
-        "constructor; in a V the second chunk of a rank is another stage.",
+        "constructor; in a V the second chunk of a rank is another stage. And a model whose embeddings all ranks share "
+        "must have its shards before DDP makes its buckets.",
         supports=_SUPPORTS,
-        remove_when="Megatron-Core asks one replaceable function which stage a chunk of a rank is.",
+        remove_when="Megatron-Core asks one replaceable function which stage a chunk of a rank is, and one that makes "
+        "the embeddings.",
     ),
+)
+"""For models that are built in another way."""
+
+PATCHES = (
     Patch(
         target="megatron.core.models.gpt.gpt_model:GPTModel.sharded_state_dict",
         build=_as_stage,

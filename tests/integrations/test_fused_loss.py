@@ -157,40 +157,21 @@ def test_equal_to_stock_within_rounding(dist: Dist, name: str) -> None:
 
 def largest_allocation(fields: Fields, schedule: str | None, fused: bool) -> tuple[int, str]:
     """The most elements that an operator of two training steps, optimizer included, made; and which one it was."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
     from megamem.integrations.megatron_core import enable
+    from megamem.testing.live import LargestStorage
     from megamem.testing.models import build_optimizer
     from megamem.testing.pipeline import PipelineCase, build_pipeline, run_step
-
-    largest = [(0, "")]
-
-    def storages(*trees: Any) -> dict[int, Any]:
-        tensors = [leaf for leaf in tree_leaves(trees) if torch.is_tensor(leaf) and leaf.layout is torch.strided]
-        return {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
-
-    class Trace(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = storages(args, kwargs)
-            result = func(*args, **(kwargs or {}))
-            for key, tensor in storages(result).items():
-                if key not in given:
-                    size = tensor.untyped_storage().nbytes() // tensor.element_size()
-                    largest.append((size, f"{func} {tuple(tensor.shape)}"))
-            return result
 
     config = {**(FUSED if fused else {}), **({"schedule": {"name": schedule}} if schedule else {})}
     with _fresh(fields) as gpt, enable(config):
         case = PipelineCase(gpt=gpt)
         chunks = build_pipeline(case)
         optimizer = build_optimizer(chunks, gpt)
-        with Trace():
+        with LargestStorage() as largest:
             for step in range(2):
                 run_step(case, chunks, 4, seed=step)
                 optimizer.step()
-    return max(largest)
+    return largest.elements, largest.where
 
 
 LONG: Fields = {"layers": 2, "hidden": 8, "heads": 2, "vocab": 1000, "sequence": 64, "microbatch": 4}

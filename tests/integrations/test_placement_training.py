@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 
 from megamem.ir.schedule import Action, Placement
@@ -181,57 +181,21 @@ def test_every_model_on_a_v_is_bitwise_1f1b(dist: Dist, ranks: int, fields: Fiel
 LAYOUTS = (*STOCK, "v-half")
 
 
-def _checkpointing() -> Any:
-    """What the example job does with Megatron's distributed checkpoints."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    from pretrain import checkpoint
-
-    return checkpoint
-
-
-def _state(chunks: list[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    from megamem.testing.models import unwrap
-
-    metadata = _checkpointing()._metadata()
-    state: dict[str, Any] = {
-        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
-    }
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
-
-
 def _train_on(kind: str, fields: Fields, *, load: str | None = None, save: str = "") -> Any:
     """Resume from `load`, or train two steps and save them; then train another. The parameters by name."""
-    from megatron.core import dist_checkpointing
-
-    from megamem.testing.models import build_gpt, build_optimizer, train_steps, unwrap
+    from megamem.testing.models import build_gpt, build_optimizer, train_steps
 
     case = _case(_laid_out(kind, fields))
     with _pipeline(kind) as spec:
         chunks = build_gpt(case, spec=spec)
         optimizer = build_optimizer(chunks, case, clip_grad=0.0)
         if load is not None:
-            _blank(chunks)
-            _checkpointing()._allocate(optimizer)
-            loaded = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), load)
-            for index, chunk in enumerate(chunks):
-                unwrap(chunk).load_state_dict(loaded[f"model{index}"])
-            _checkpointing()._load_optimizer(optimizer, loaded["optimizer"])
+            checkpoints.load(chunks, optimizer, load)
         else:
             train_steps(chunks, case, num_microbatches=4, steps=2, optimizer=optimizer)
-            Path(save).mkdir(exist_ok=True)
-            dist_checkpointing.save(_state(chunks, optimizer, is_loading=False), save)
+            checkpoints.save(chunks, optimizer, save)
         train_steps(chunks, case, num_microbatches=4, steps=1, optimizer=optimizer)
     return _numbers(chunks, gradients=False)
-
-
-def _blank(chunks: list[Any]) -> None:
-    import torch
-
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.fill_(7)
 
 
 def save_all(fields: Fields, folder: str) -> dict[str, Any]:

@@ -12,8 +12,6 @@ import pytest
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megamem.kernels.linear_cross_entropy import (
     LossOptions,
@@ -24,36 +22,13 @@ from megamem.kernels.linear_cross_entropy import (
     shard_input_gradient,
     shard_statistics_and_numerator,
 )
-from megamem.testing.live import LiveStorages
+from megamem.testing.live import LargestStorage, LiveStorages
 
 GIB = 1 << 30
 EVERYTHING = {
     "softcap": 4.0, "z_loss": 1e-2, "label_smoothing": 0.1, "logit_scale": 0.7, "entropy": True, "arg_max": True,
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "everything": EVERYTHING, "fp32 logits": {"fp32_logits": True}}
-
-
-class Allocations(TorchDispatchMode):
-    """The most elements of any tensor that an operator returned in a storage of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.where = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in _dense(args, kwargs)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in _dense(result):
-            if leaf.untyped_storage()._cdata not in given:
-                elements = leaf.untyped_storage().nbytes() // leaf.element_size()
-                if elements > self.largest:
-                    self.largest, self.where = elements, f"{func} {tuple(leaf.shape)}"
-        return result
-
-
-def _dense(*trees: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(trees) if torch.is_tensor(leaf) and leaf.layout is torch.strided]
 
 
 def operands(
@@ -78,30 +53,30 @@ def test_no_allocation_is_a_quarter_of_the_logits(
         pytest.importorskip("triton", reason="pip install 'megamem[dev]'")
     options = LossOptions(vocab_size=rows, **wanted)
     hidden, weight, labels = operands(num_tokens, 8, rows, dtype, path)
-    with Allocations() as allocations:
+    with LargestStorage() as largest:
         outputs = linear_cross_entropy(
             hidden, weight, labels, options, into_main_grad=True, backend="torch" if path == "cpu" else "triton"
         )
         sum(output.sum() for output in outputs[:3] if output is not None).backward()
     assert hidden.grad is not None
-    assert 0 < allocations.largest < num_tokens * rows / 4, allocations.where
+    assert 0 < largest.elements < num_tokens * rows / 4, largest.where
 
 
 def test_the_parts_with_one_barrier_allocate_no_more() -> None:
     options = LossOptions(vocab_size=1000, softcap=4.0, z_loss=1e-2)
     hidden, weight, labels = (tensor.detach() for tensor in operands(512, 8, 1000, torch.float32, "cpu"))
-    with Allocations() as allocations:
+    with LargestStorage() as largest:
         statistics, numerator = shard_statistics_and_numerator(hidden, weight, labels, options)
         coefficients = gradient_coefficients(statistics, labels, options, loss_gradient_T=torch.ones(512))
         shard_input_gradient(numerator, statistics, coefficients, weight, labels, options)
-    assert 0 < allocations.largest < 512 * 1000 / 4, allocations.where
+    assert 0 < largest.elements < 512 * 1000 / 4, largest.where
 
 
 def test_the_tracing_sees_logits_where_there_are_some() -> None:
     hidden, weight, labels = operands(64, 8, 1000, torch.float32, "cpu")
-    with Allocations() as allocations:
+    with LargestStorage() as largest:
         linear_cross_entropy_reference(hidden, weight, labels, LossOptions(vocab_size=1000)).loss.sum().backward()
-    assert allocations.largest == 64 * 1000
+    assert largest.elements == 64 * 1000
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 
-from megamem.errors import ScheduleError, UnsupportedError  # noqa: E402 - torch first, to skip without it
-from megamem.ir.schedule import Action, Channel, Placement  # noqa: E402
+from megamem.errors import ScheduleError  # noqa: E402 - torch first, to skip without it
+from megamem.ir.schedule import Channel, Placement  # noqa: E402
 from megamem.runtime.pipeline.failure import FailureNotice  # noqa: E402
 from megamem.runtime.pipeline.links import channels_of  # noqa: E402
-from megamem.runtime.pipeline.loop import check_kinds  # noqa: E402
 from megamem.runtime.pipeline.mailbox import Format, Mailbox  # noqa: E402
 from megamem.runtime.pipeline.weights import WeightQueue, WeightTask  # noqa: E402
 
@@ -119,12 +118,6 @@ def test_there_is_nothing_before_the_first_stage_and_behind_the_last() -> None:
         last.send("F", 1, 0, torch.ones(1))
     with pytest.raises(ScheduleError, match="0RECV_F0: there is no stage to receive from"):
         first.post("F", 0, 0)
-
-
-def test_kinds_that_the_loop_does_not_run_are_refused() -> None:
-    check_kinds([Action("F", 0, 0), Action("SEND_F", 0, 0), Action("W", 0, 0, 1, 2)])
-    with pytest.raises(UnsupportedError, match="not S, T; choose a schedule without"):
-        check_kinds([Action("F", 0, 0), Action("T", 0, 0), Action("S", 0, 0)])
 
 
 def fill(queue: WeightQueue, key: tuple[int, int], parameters: list[Any], log: list[str]) -> None:

@@ -6,6 +6,7 @@ mistake of theirs cannot hide in here. For stages s, microbatches m, and the las
     F(s) needs F(s-1)      B(s) needs F(s) and B(s+1); B(z) needs F(z)       W(s) needs B(s); its parts cover it once
     a BW counts as B and W    S(m) on every rank needs F(z); T(m) and B(z) need S(m) of every rank (2411.05288, 4.3)
     with two barriers B(z) needs T(m) of every rank    F(0) needs IF(m) of every rank; IB(m) on every rank needs B(0)
+    IF on every rank needs the tokens, which the rank of the first stage sends before the IF `TOKENS_AHEAD` before it
     OFFLOAD stands after F, RELOAD after its OFFLOAD, and B after the RELOAD
 
 Sends and receives, where there are any, are there for every pair of neighbouring stages on two ranks: the send after
@@ -23,25 +24,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from megamem.errors import InfeasibleError, ScheduleError
-from megamem.ir.schedule import COMMUNICATION, VOCABULARY, Action, Kind, Placement, Schedule
+from megamem.ir.schedule import COMMUNICATION, TOKENS_AHEAD, VOCABULARY, Action, Kind, Placement, Schedule
 from megamem.ir.workload import HasCosts, PipelineCosts, Uniform
+from megamem.planner.schedules.problems import Problem, report
 from megamem.planner.schedules.simulator import price
 
-_SHOWN = 12  # problems in a message
-_AROUND = 4  # actions before and after the first one, in the excerpt
 _HOPELESS = 1000  # times fewer actions than there must be: a typing mistake in a file, not worth a list
 _TOLERANCE = 1e-9  # of a memory limit: sums of shares of an activation
-
-
-class Problem(NamedTuple):
-    """What is wrong, and where: the position in the list of a rank (its length for something missing at the end)."""
-
-    rank: int
-    position: int
-    text: str
 
 
 def check_schedule(schedule: Schedule, *, costs: HasCosts | None = None, memory_limit: float | None = None) -> None:
@@ -54,11 +46,11 @@ def check_schedule(schedule: Schedule, *, costs: HasCosts | None = None, memory_
                   are offloaded it depends on time, and the simulator is asked.
     """
     if problems := find_problems(schedule):
-        raise ScheduleError(_report(schedule, problems))
+        raise ScheduleError(report(schedule, problems))
     if memory_limit is not None:
         fitting = (costs or Uniform()).costs(schedule.placement, sharded=schedule.shards_vocabulary)
         if problems := _over_limit(schedule, fitting, memory_limit):
-            raise InfeasibleError(_report(schedule, problems))
+            raise InfeasibleError(report(schedule, problems))
 
 
 def find_problems(schedule: Schedule) -> list[Problem]:
@@ -320,9 +312,10 @@ def _missing_messages(schedule: Schedule, rank: int, place: dict[Action, int]) -
                 yield Problem(rank, position, f"{action} without its {post}")
 
 
-# What an action waits for: a finished F or B of (stage, microbatch), a message on its way to one, or a vocabulary pass
-# of (0, microbatch) on all ranks.
+# What an action waits for: a finished F or B of (stage, microbatch), a message on its way to one, a vocabulary pass of
+# (0, microbatch) on all ranks, or the tokens that the first stage sends as it comes to an IF (`_TOKENS`).
 _Event = tuple[str, int, int]
+_TOKENS: Final = "tokens"
 
 
 class _Run:
@@ -332,6 +325,9 @@ class _Run:
         self.schedule, self.placement = schedule, schedule.placement
         self.posts = any(action.kind in COMMUNICATION for _, action in schedule)
         self.kinds = {action.kind for _, action in schedule}
+        self.first_rank = self.placement.rank_of(0)
+        inputs = [action.microbatch for action in schedule.ranks[self.first_rank] if action.kind == "IF"]
+        self.sent_at = dict(zip(inputs[TOKENS_AHEAD:], inputs, strict=False))  # microbatch -> that of the IF before
         self.happened: set[_Event] = set()
         self.waiting: dict[_Event, list[int]] = {}
         self.parts: dict[_Event, int] = {}  # of what every rank must do -> ranks that have done it
@@ -375,8 +371,9 @@ class _Run:
                 return [self._arrival("F", stage - 1, stage, microbatch)]
             return [("IF", 0, microbatch)] if "IF" in self.kinds else []
         if action.kind in VOCABULARY:
+            tokens = [(_TOKENS, 0, self.sent_at[microbatch])] if microbatch in self.sent_at else []
             sources: dict[str, list[_Event]] = {
-                "IF": [], "S": [("F", last, microbatch)], "T": [("S", 0, microbatch)], "IB": [("B", 0, microbatch)]
+                "IF": tokens, "S": [("F", last, microbatch)], "T": [("S", 0, microbatch)], "IB": [("B", 0, microbatch)]
             }  # fmt: skip
             return sources[action.kind]
         if stage < last:
@@ -394,6 +391,8 @@ class _Run:
         return (kind, source, microbatch)
 
     def _finish(self, rank: int, action: Action) -> None:
+        if action.kind == "IF" and rank == self.first_rank:
+            self._happen((_TOKENS, 0, action.microbatch))
         if action.kind in VOCABULARY:
             event = (action.kind, 0, action.microbatch)
             self.parts[event] = self.parts.get(event, 0) + 1
@@ -420,6 +419,8 @@ class _Run:
 
     def _describe(self, event: _Event) -> str:
         kind, stage, microbatch = event
+        if kind == _TOKENS:
+            return f"tokens that rank {self.first_rank} sends as it comes to 0IF{microbatch}"
         if kind in VOCABULARY:
             return f"{kind} of microbatch {microbatch} on every rank"
         letter = kind[-1]
@@ -465,33 +466,3 @@ def _over_limit(schedule: Schedule, costs: PipelineCosts, limit: float) -> list[
 
 def _over(peak: float, limit: float) -> str:
     return f"the rank needs {peak:.14g} of activation memory, the limit is {limit:.14g}; nearest: {peak:.14g}"
-
-
-def _report(schedule: Schedule, problems: list[Problem]) -> str:
-    count = len(problems)
-    lines = [f"{schedule.name}: {count} problem{'s' * (count > 1)}:"]
-    lines += [f"  rank {problem.rank}: {problem.text}" for problem in problems[:_SHOWN]]
-    if count > _SHOWN:
-        lines.append(f"  ... and {count - _SHOWN} more")
-    return "\n".join([*lines, *_excerpt(schedule, problems[0])])
-
-
-def _excerpt(schedule: Schedule, problem: Problem) -> list[str]:
-    """The lists of the rank with the problem and its neighbours, around the place."""
-    ranks = range(max(0, problem.rank - 2), min(schedule.placement.num_ranks, problem.rank + 3))
-    first = max(0, problem.position - _AROUND)
-    longest = max(len(schedule.ranks[rank]) for rank in ranks)
-    span = range(first, max(problem.position + 1, min(longest, problem.position + _AROUND + 1)))
-    cells = {
-        rank: [str(schedule.ranks[rank][i]) if i < len(schedule.ranks[rank]) else "" for i in span] for rank in ranks
-    }
-    width = max((len(cell) for row in cells.values() for cell in row), default=0)
-    lines = [f"actions {span.start} to {span.stop - 1} of ranks {ranks.start} to {ranks.stop - 1}:"]
-    for rank, row in cells.items():
-        marked = [
-            f"[{cell:^{width}}]" if (rank, i) == (problem.rank, problem.position) else f" {cell:^{width}} "
-            for i, cell in zip(span, row, strict=True)
-        ]
-        arrow = "  <-- ERROR HERE" if rank == problem.rank else ""
-        lines.append(f"  rank {rank:>2} |" + "".join(marked) + "|" + arrow)
-    return lines

@@ -33,6 +33,11 @@ class PlannedSchedule:
     simulation: Simulation
 
 
+def default_schedule(num_chunks: int | None) -> Scheduling:
+    """Megatron-Core's own order for this many chunks per rank, as a schedule that megamem runs."""
+    return Scheduling(name="1f1b" if num_chunks in (None, 1) else "interleaved")
+
+
 def plan_schedule(
     options: Scheduling,
     *,

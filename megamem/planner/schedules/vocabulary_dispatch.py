@@ -9,8 +9,8 @@ which something arrives while it is, takes
 * else, while it waits, whatever of S, T, IB and W there is.
 
 With one barrier nobody waits for T, and it may lag behind (`Rules.lag`) to fill what would be idle. With `Rules.floats`
-W does so, too: the lists come without W then. IF runs at most `AHEAD` microbatches ahead of F of the first stage, so
-that no more of its results lie about (arXiv 2411.05288, section 5.2 and appendix).
+W does so, too: the lists come without W then. IF runs at most `TOKENS_AHEAD` microbatches ahead of F of the first
+stage, so that no more of its results lie about (arXiv 2411.05288, section 5.2 and appendix).
 
 S, T, IF and IB come in the order in which the lists feed them, so that all ranks post their collectives in one order. A
 rank that waits runs whatever it has, so no list that could run without vocabulary passes is stopped by them.
@@ -27,12 +27,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from megamem.ir.schedule import Action, Barriers, Kind, Placement
+from megamem.ir.schedule import TOKENS_AHEAD, Action, Barriers, Kind, Placement
 from megamem.ir.workload import PipelineCosts, StageCost, VocabularyCost
 from megamem.planner.schedules.weight_placement import ROUNDING, Timed
-
-AHEAD: Final = 2
-"""Microbatches whose embedding may be there before F of the first stage takes it."""
 
 _PATIENCE: Final = 0.5
 """How long a wait must be for a pass that nobody waits for to start in it, as a share of the pass."""
@@ -96,7 +93,7 @@ class Dispatch:
         self.gradient = [[_NEVER] * self.count for _ in range(placement.num_stages)]  # of its B
         self.arrival = {kind: [_NEVER] * self.count for kind in self.order}  # of what a vocabulary pass needs
         self.embedded = iter(inputs)
-        for microbatch in itertools.islice(self.embedded, AHEAD):
+        for microbatch in itertools.islice(self.embedded, TOKENS_AHEAD):
             self.arrival["IF"][microbatch] = 0.0
         self.posted: dict[tuple[Kind, int], list[float]] = {}
         self.wakes = [(0.0, rank) for rank in range(placement.num_ranks)]

@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 from megamem.ir.schedule import Channel, Placement
 
-_TIMEOUT = datetime.timedelta(minutes=30)  # as torch's own for gloo, where the pipeline's group does not say another
+TIMEOUT = datetime.timedelta(minutes=30)  # as torch's own for gloo, where the pipeline's group does not say another
 
 
 class Links:
@@ -39,7 +39,7 @@ class Links:
         rank: int,
         device: torch.device,
         store: distributed_c10d.Store,
-        timeout: datetime.timedelta = _TIMEOUT,
+        timeout: datetime.timedelta = TIMEOUT,
     ) -> None:
         self.ranks, self.rank, self.device = tuple(ranks), rank, device
         self._store, self._timeout = store, timeout
@@ -76,15 +76,30 @@ class Links:
     def _connect(self, channel: Channel, epoch: int) -> Any:
         pair = sorted(channel[1:])
         name = f"links/{epoch}/{channel.direction}/{self.ranks[channel.source]}-{self.ranks[channel.destination]}"
-        store = distributed_c10d.PrefixStore(name, self._store)
-        here = pair.index(self.rank)
-        if self.device.type != "cuda":
-            return distributed_c10d.ProcessGroupGloo(store, here, 2, timeout=self._timeout)
-        options = distributed_c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options._timeout = self._timeout
-        options.global_ranks_in_group = [self.ranks[rank] for rank in pair]
-        options.group_name = distributed_c10d.GroupName(name)
-        return distributed_c10d.ProcessGroupNCCL(store, here, 2, options)
+        ranks = [self.ranks[rank] for rank in pair]
+        return connect(ranks, pair.index(self.rank), self.device, self._store, name, self._timeout)
+
+
+def connect(
+    ranks: Sequence[int],
+    rank: int,
+    device: torch.device,
+    store: distributed_c10d.Store,
+    name: str,
+    timeout: datetime.timedelta = TIMEOUT,
+) -> Any:
+    """A communicator of `ranks` (global), of which this process is number `rank`: NCCL for CUDA, else gloo.
+
+    All of them call it, with the same `name`, which nobody has used in this store before.
+    """
+    store = distributed_c10d.PrefixStore(name, store)
+    if device.type != "cuda":
+        return distributed_c10d.ProcessGroupGloo(store, rank, len(ranks), timeout=timeout)
+    options = distributed_c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    options.global_ranks_in_group = [*ranks]
+    options.group_name = distributed_c10d.GroupName(name)
+    return distributed_c10d.ProcessGroupNCCL(store, rank, len(ranks), options)
 
 
 def channels_of(placement: Placement) -> set[Channel]:

@@ -7,14 +7,15 @@ travels is behind `Mailbox`. Only an action that computes waits, and only for th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megamem.errors import PipelineError, UnsupportedError
-from megamem.ir.schedule import COMMUNICATION, Action, Kind
+from megamem.ir.schedule import VOCABULARY, Action, Direction, Kind
 from megamem.runtime.pipeline.failure import FailureNotice
 from megamem.runtime.pipeline.mailbox import Mailbox
 from megamem.runtime.pipeline.trace import Trace
@@ -42,8 +43,48 @@ class AbstractStages(ABC):
         """Begin to bring back what the forward pass of a chunk and microbatch sent to host memory."""
 
     @abstractmethod
+    def around(self, action: Action) -> AbstractContextManager[None]:
+        """What surrounds an IF, S, T or IB: its weights are those of chunk 0."""
+
+    @abstractmethod
     def release(self, output: Tensor) -> None:
         """The output has been handed on, and only its graph is needed from now on."""
+
+
+class AbstractVocabulary(ABC):
+    """The embeddings, where all ranks share them: the neighbours of the first and of the last stage.
+
+    In direction F the first stage takes the embedding of its tokens, and the last one gives its hidden state; in
+    direction B the last one takes the gradient of that, and the first one gives the gradient of the embedding.
+    """
+
+    @abstractmethod
+    def expect(self, action: Action) -> None:
+        """The next compute action but one: post the receives of what it will wait for."""
+
+    @abstractmethod
+    def receive(self, action: Action) -> None:
+        """Wait for what an IF, S, T or IB needs."""
+
+    @abstractmethod
+    def run(self, action: Action) -> None:
+        """Run an IF, S, T or IB, for which everything is there."""
+
+    @abstractmethod
+    def take(self, direction: Direction, microbatch: int) -> Tensor:
+        """What the stage at the beginning of a direction works on, waiting for it."""
+
+    @abstractmethod
+    def give(self, direction: Direction, microbatch: int, tensor: Tensor) -> None:
+        """What the stage at the end of a direction has made."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The last action has run: wait for what is under way."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget the step, which has failed."""
 
 
 class Saved(NamedTuple):
@@ -56,6 +97,7 @@ class Saved(NamedTuple):
 class Loop:
     """One step on one rank.
 
+    vocabulary: where all ranks share the embeddings, which are part of the end stages otherwise
     keeps:     whether backward passes follow, for which F must keep its input and output
     notice:    where failures of other ranks are seen
     trace:     where times are recorded, or None
@@ -67,11 +109,12 @@ class Loop:
         mailbox: Mailbox,
         notice: FailureNotice,
         *,
+        vocabulary: AbstractVocabulary | None = None,
         keeps: bool = True,
         trace: Trace | None = None,
     ) -> None:
         self._stages, self._mailbox, self._notice = stages, mailbox, notice
-        self._keeps, self._trace = keeps, trace
+        self._vocabulary, self._keeps, self._trace = vocabulary, keeps, trace
         self._outgoing: dict[tuple[str, int, int], Tensor] = {}
         self.saved: dict[tuple[int, int], Saved] = {}
         self.current: Action | None = None
@@ -80,21 +123,32 @@ class Loop:
     def run(self, actions: Sequence[Action]) -> None:
         """Run the actions in order. Raises PipelineError when another rank has failed."""
         table = self._table()
-        check_kinds(actions)
+        ahead = iter([action for action in actions if action.is_compute])
+        self._expect(next(ahead, None))
         for action in actions:
             self.current = action
             if self._notice.found is not None:
                 raise PipelineError(self._notice.found)
+            if action.is_compute:
+                self._expect(next(ahead, None))
             table[action.kind](action)
             if self.observe is not None:
                 self.observe(action)
         self._mailbox.finish()
+        if self._vocabulary is not None:
+            self._vocabulary.finish()
 
     def abandon(self) -> None:
         """Forget what the step has made so far, after a failure: activations, and messages under way."""
         self.saved.clear()
         self._outgoing.clear()
         self._mailbox.clear()
+        if self._vocabulary is not None:
+            self._vocabulary.clear()
+
+    def _expect(self, action: Action | None) -> None:
+        if self._vocabulary is not None and action is not None:
+            self._vocabulary.expect(action)
 
     def _table(self) -> dict[Kind, Callable[[Action], None]]:
         return {
@@ -108,11 +162,12 @@ class Loop:
             "RECV_B": self._post_gradient,
             "OFFLOAD": self._nothing,  # layer by layer, it began while F ran
             "RELOAD": self._stages.reload,
+            **dict.fromkeys(VOCABULARY, self._share),
         }
 
     def _forward(self, action: Action) -> None:
         _, chunk, microbatch, *_ = action
-        received = self._mailbox.take("F", chunk, microbatch)
+        received = self._take("F", chunk, microbatch)
         if received is not None and self._keeps:
             received.requires_grad_()
         if self._trace is not None:
@@ -129,10 +184,14 @@ class Loop:
             self._mailbox.hand_over("F", chunk, microbatch, output)
             if self._keeps:
                 self._stages.release(output)
+        elif self._vocabulary is not None:
+            self._vocabulary.give("F", microbatch, output)
+            if self._keeps:
+                self._stages.release(output)
 
     def _backward(self, action: Action) -> None:
         _, chunk, microbatch, *_ = action
-        gradient = self._mailbox.take("B", chunk, microbatch)
+        gradient = self._take("B", chunk, microbatch)
         if self._trace is not None:
             self._trace.begin(action)
         received, output = self.saved.pop((chunk, microbatch))
@@ -146,6 +205,24 @@ class Loop:
             self._outgoing["B", chunk, microbatch] = result
         elif way == "here":
             self._mailbox.hand_over("B", chunk, microbatch, result)
+        elif self._vocabulary is not None and result is not None:
+            self._vocabulary.give("B", microbatch, result)
+
+    def _take(self, direction: Direction, chunk: int, microbatch: int) -> Tensor | None:
+        if self._vocabulary is not None and self._mailbox.begins(direction, chunk):
+            return self._vocabulary.take(direction, microbatch)
+        return self._mailbox.take(direction, chunk, microbatch)
+
+    def _share(self, action: Action) -> None:
+        if self._vocabulary is None:
+            raise UnsupportedError(f"{action} is for ranks that share the embeddings, which these do not")
+        self._vocabulary.receive(action)
+        if self._trace is not None:
+            self._trace.begin(action)
+        with self._stages.around(action):
+            self._vocabulary.run(action)
+        if self._trace is not None:
+            self._trace.end()
 
     def _weight(self, action: Action) -> None:
         if self._trace is not None:
@@ -172,15 +249,3 @@ class Loop:
 
     def _post_gradient(self, action: Action) -> None:
         self._mailbox.post("B", action.chunk, action.microbatch)
-
-
-_RUNS: frozenset[Kind] = COMMUNICATION | frozenset({"F", "B", "BW", "W", "OFFLOAD", "RELOAD"})
-
-
-def check_kinds(actions: Iterable[Action]) -> None:
-    """Refuse kinds of actions that the loop does not run: UnsupportedError that lists them."""
-    unknown = sorted({action.kind for action in actions} - _RUNS)
-    if unknown:
-        raise UnsupportedError(
-            f"the runtime runs {', '.join(sorted(_RUNS))}, not {', '.join(unknown)}; choose a schedule without"
-        )

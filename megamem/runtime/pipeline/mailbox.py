@@ -95,6 +95,10 @@ class Mailbox:
         end = self._ends[direction, chunk, 1]
         return "nowhere" if end is None else "here" if end.channel.destination == self._rank else "away"
 
+    def begins(self, direction: Direction, chunk: int) -> bool:
+        """Whether `chunk` is the stage with which `direction` begins."""
+        return self._ends[direction, chunk, -1] is None
+
     def hand_over(self, direction: Direction, chunk: int, microbatch: int, tensor: Tensor | None) -> None:
         """Give what `chunk` made to the next stage of `direction`, on this rank."""
         end = self._ends[direction, chunk, 1]

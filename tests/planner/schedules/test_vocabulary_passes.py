@@ -13,7 +13,7 @@ import pytest
 from megamem.cli import main
 from megamem.config import Scheduling
 from megamem.errors import InfeasibleError, ScheduleError
-from megamem.ir.schedule import Action, Barriers, Placement, Schedule, Shape, parse_schedule
+from megamem.ir.schedule import TOKENS_AHEAD, Action, Barriers, Placement, Schedule, Shape, parse_schedule
 from megamem.ir.workload import PipelineCosts, StageCost, Uniform, VocabularyCost
 from megamem.planner.schedules.checker import accumulates_in_order, check_schedule, find_problems
 from megamem.planner.schedules.families import FAMILIES, build_schedule
@@ -22,7 +22,7 @@ from megamem.planner.schedules.forward_order import forward_order
 from megamem.planner.schedules.passes import add_communication, forward_only
 from megamem.planner.schedules.plan import plan_schedule
 from megamem.planner.schedules.simulator import simulate
-from megamem.planner.schedules.vocabulary_dispatch import AHEAD, Dispatch, Rules
+from megamem.planner.schedules.vocabulary_dispatch import Dispatch, Rules
 from megamem.planner.schedules.vocabulary_passes import delayed
 
 OUTPUT = StageCost(forward=1.5, backward=1.5, weight=1.5, activation=0.0, weight_grad=0.0)
@@ -116,7 +116,7 @@ def test_every_family_takes_vocabulary_passes(family: Family, barriers: Barriers
             embedded = [action.kind for action in actions if action.kind == "IF" or action[:2] == ("F", 0)]
             counts = list(itertools.accumulate(1 if kind == "IF" else -1 for kind in embedded))
             if actions is schedule.ranks[0]:
-                assert max(counts) <= AHEAD
+                assert max(counts) <= TOKENS_AHEAD
 
 
 @pytest.mark.parametrize("seed", range(40))
