@@ -55,11 +55,11 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)
 
 
-class LargestStorage(TorchDispatchMode):
+class LargestStorage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of any tensor that an operator of this thread returned in a storage of its own, and which."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements, self.where = 0, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -63,9 +63,12 @@ CASES: dict[str, tuple[int, Fields, Fields, str | None]] = {
     "dp2, overlapped": (4, GPT, {"ddp": {"overlap_grad_reduce": True}}, "zb-h1"),
     "eight ranks": (8, {**LLAMA, "tp": 2, "sp": True, "pp": 4}, {}, "1f1b"),
 }
+SWAPPED: Fields = {"activations": {"policy": "memo", "keep_last_layers": 0}}
 
 
-def far_from_stock(fields: Fields, options: Fields, schedule: str | None) -> dict[str, dict[str, float]]:
+def far_from_stock(
+    fields: Fields, options: Fields, schedule: str | None, sections: Fields | None = None
+) -> dict[str, dict[str, float]]:
     """By number of barriers: what is further from stock than it may be, with its error over what is allowed."""
     import torch
 
@@ -80,7 +83,7 @@ def far_from_stock(fields: Fields, options: Fields, schedule: str | None) -> dic
     section = None if schedule is None else {"name": schedule}
     found = {}
     for barriers in (2, 1):
-        config = {"vocabulary": {"parallel": True, "barriers": barriers, "loss_chunk": 5}}
+        config = {"vocabulary": {"parallel": True, "barriers": barriers, "loss_chunk": 5}, **(sections or {})}
         reports: list[Any] = []
         ours = train_pipeline(
             case, section, config=config, inspect=lambda handle, to=reports: to.append(handle.report())
@@ -125,3 +128,7 @@ def _far(ours: dict[str, Any], stock: dict[str, Any], dtype: str, are_parameters
 def test_equal_to_stock_within_rounding(dist: Dist, name: str) -> None:
     num_ranks, *arguments = CASES[name]
     assert dist(num_ranks)(far_from_stock, *arguments) == [{"2": {}, "1": {}}] * num_ranks
+
+
+def test_with_activations_swapped(dist: Dist) -> None:
+    assert dist(2)(far_from_stock, TWO_CHUNKS, {}, "gis", SWAPPED) == [{"2": {}, "1": {}}] * 2

@@ -375,3 +375,14 @@ def test_simulate_prices_a_schedule_with_and_without_vocabulary_parallelism(
     assert "S vocabulary" in (tmp_path / "x.svg").read_text(encoding="utf-8")
     assert main([*command[:2], "auto", *command[3:], "--vocabulary", "1"]) != 0
     assert "name a --schedule" in capsys.readouterr().err
+
+
+def test_a_rank_cannot_run_ahead_of_the_tokens_that_the_first_stage_sends() -> None:
+    """Every IF of rank 1 at its beginning: the sixth waits for tokens of rank 0, which waits for rank 1's first B."""
+    schedule = build_schedule("1f1b", Request(num_ranks=2, num_microbatches=8, vocabulary=1))
+    eager = sorted(schedule.ranks[1], key=lambda action: action.kind != "IF")
+    problems = find_problems(schedule.with_ranks([schedule.ranks[0], eager]))
+    assert find_problems(schedule) == []
+    waits = next(problem for problem in problems if problem.rank == 1)
+    assert "waits for tokens that rank 0 sends as it comes to 0IF" in waits.text
+    assert problems and all(problem.text.startswith("deadlock: ") for problem in problems)
