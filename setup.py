@@ -56,6 +56,7 @@ setup(
         "megamem": ["py.typed"],
         "megamem.native": ["src/*", "src/torch/*"],
         "megamem.planner": ["data/*.yaml"],
+        "megamem.report": ["page.css", "page.js"],
     },
     entry_points={"console_scripts": ["megamem = megamem.cli:main"]},
 )

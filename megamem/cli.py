@@ -6,6 +6,7 @@ megamem config     check, resolve and describe configurations
 megamem simulate   check, price and draw a pipeline schedule
 megamem solve      place the buffers of a memory trace, with a proof
 megamem profile    measure what a model's layers cost on this device
+megamem report     show what a plan predicts, as an HTML page
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from megamem import __version__
 from megamem.config import add_arguments, config_from_args, json_schema, options_table
 from megamem.errors import MegamemError
+from megamem.plan_report import add_report
 from megamem.profile import add_profile
 from megamem.run import add_run
 from megamem.solve import add_solve
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands)
     add_solve(commands)
     add_profile(commands)
+    add_report(commands)
     return parser
 
 

@@ -42,13 +42,44 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def read_snapshot(path: str | Path, **options: Any) -> AllocationTrace:
     """`trace_of_snapshot` of a file. Raises AllocationError, naming the file, also where it cannot be read."""
+    snapshot = load_snapshot(path)
+    try:
+        return trace_of_snapshot(snapshot, **options)
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise AllocationError(f"{path}: no memory snapshot of PyTorch ({type(fault).__name__}: {fault})") from fault
+    except AllocationError as fault:
+        raise AllocationError(f"{path}: {fault}") from None
+
+
+def load_snapshot(path: str | Path) -> dict[str, Any]:
+    """The content of a snapshot file. Raises AllocationError, naming the file, where it cannot be read."""
     try:
         with Path(path).open("rb") as file:
-            return trace_of_snapshot(_PlainUnpickler(file).load(), **options)
+            content = _PlainUnpickler(file).load()
     except AllocationError as fault:
         raise AllocationError(f"{path}: {fault}") from None
     except Exception as fault:  # an unpickler may raise anything on a malformed file
         raise AllocationError(f"{path}: no memory snapshot of PyTorch ({type(fault).__name__}: {fault})") from fault
+    if not isinstance(content, dict) or not isinstance(content.get("device_traces"), list):
+        raise AllocationError(f"{path}: no memory snapshot of PyTorch; it has no device_traces")
+    return content
+
+
+def peak_nbytes(snapshot: Mapping[str, Any]) -> list[int]:
+    """The most that was allocated at once on each device, as sizes were asked for, while events were recorded."""
+    held = [0] * len(snapshot["device_traces"])
+    for segment in snapshot.get("segments", []):
+        blocks = [block for block in segment["blocks"] if block["state"].startswith("active")]
+        if 0 <= segment.get("device", 0) < len(held):
+            held[segment.get("device", 0)] += sum(block.get("requested_size", block["size"]) for block in blocks)
+    peaks = []
+    for now, events in zip(held, snapshot["device_traces"], strict=True):  # backwards from what is held at the end
+        peak = now
+        for event in reversed(events):
+            now += {"alloc": -1, "free_completed": 1}.get(event["action"], 0) * event.get("size", 0)
+            peak = max(peak, now)
+        peaks.append(peak)
+    return peaks
 
 
 def trace_of_snapshot(

@@ -60,22 +60,24 @@ def words(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Amounts to pixels: from 0 to `most` on `length` pixels from `start`."""
+    """Amounts to pixels: from `least` to `most` on `length` pixels from `start`."""
 
     most: float
     start: float
     length: float
+    least: float = 0.0
 
     def __call__(self, value: float) -> float:
-        return self.start + self.length * value / self.most
+        return self.start + self.length * (value - self.least) / (self.most - self.least)
 
     def ticks(self, count: int, *, binary: bool = False) -> list[float]:
         """About `count` round amounts; `binary`: round in powers of 1024."""
         unit = 1024.0 ** math.floor(math.log(self.most, 1024)) if binary and self.most >= 1 else 1.0
-        raw = self.most / unit / count
+        raw = (self.most - self.least) / unit / count
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9)) * unit
-        return [step * index for index in range(int(self.most / step + 1e-9) + 1)]
+        first = math.ceil(self.least / step - 1e-9)
+        return [step * index for index in range(first, int(self.most / step + 1e-9) + 1)]
 
 
 def svg(width: float, height: float, title: str, parts: Sequence[str], name: str) -> str:
@@ -100,21 +102,21 @@ def box(x: float, y: float, width: float, height: float, colour: str, says: str,
     )
 
 
-def legend(
-    kinds: Sequence[str], colours: Mapping[str, str], y: float, *, width: float = _WIDTH
-) -> tuple[list[str], float]:
-    """Names of kinds beside their colours, in lines, and where the next thing may begin."""
+def legend(colours: Mapping[str, str], y: float) -> tuple[list[str], float]:
+    """Names beside their colours, in lines, and where the next thing may begin."""
     parts, x = [], float(_LEFT)
-    for kind in kinds:
-        needed = 26 + 6.6 * len(kind)
-        if x + needed > _LEFT + width:
+    for name, colour in colours.items():
+        needed = 34 + 6.6 * len(name)
+        if x + needed > _LEFT + _WIDTH:
             x, y = float(_LEFT), y + 18
-        parts += [
-            f"<rect x='{x}' y='{y}' width='12' height='12' fill='{colours[kind]}'/>",
-            text(x + 17, y + 10, words(kind)),
-        ]
-        x += needed + 8
+        parts.append(f"<rect x='{x}' y='{y}' width='12' height='12' fill='{colour}'/>")
+        parts.append(text(x + 17, y + 10, name))
+        x += needed
     return parts, y + 26
+
+
+def _named(kinds: Sequence[str], colours: Mapping[str, str]) -> dict[str, str]:
+    return {words(kind): colours[kind] for kind in kinds}
 
 
 def memory_bars(memory: Sequence[RankMemory]) -> str:
@@ -122,7 +124,7 @@ def memory_bars(memory: Sequence[RankMemory]) -> str:
     most = max([*(rank.peak for rank in memory), *(rank.limit for rank in memory), 1])
     axis = Axis(most * 1.02, _LEFT, _WIDTH)
     used = [kind for kind in MEMORY_KINDS if any(rank.kinds.get(kind) for rank in memory)]
-    parts, top = legend(used, MEMORY_COLOURS, 8)
+    parts, top = legend(_named(used, MEMORY_COLOURS), 8)
     for rank in memory:
         y, x = top + rank.rank * _ROW, float(_LEFT)
         parts.append(text(_LEFT - 8, y + 15, f"rank {rank.rank}", anchor="end"))
@@ -165,11 +167,12 @@ def memory_over_time(rank: RankMemory, end: float) -> str:
     base = sum(fixed.values())
     highest = max(nbytes for _, nbytes in curve)
     most = max(rank.limit, base + highest + transients, 1) * 1.04
-    high, top = 240.0, 40.0
+    names = {**_named([*fixed], MEMORY_COLOURS), "activations": MEMORY_COLOURS["kept"]}
+    if transients:
+        names["working space"] = MEMORY_COLOURS["transients"]
+    parts, top = legend(names, 8)
+    high = 240.0
     across, up = Axis(max(end, 1e-9), _LEFT, _WIDTH), Axis(most, top + high, -high)
-    names = [*fixed, "kept", *(["transients"] if transients else [])]
-    parts, _ = legend(names, {**MEMORY_COLOURS}, 8)
-    parts = [part.replace(">kept<", ">activations<") for part in parts]
     level = 0.0
     for kind, nbytes in fixed.items():
         says = f"rank {rank.rank}: {words(kind)} {amount(nbytes)}, all the time"
@@ -178,7 +181,7 @@ def memory_over_time(rank: RankMemory, end: float) -> str:
         )
         level += nbytes
     if transients:
-        parts.append(_area(curve, end, across, up, level, transients, MEMORY_COLOURS["transients"], "transients"))
+        parts.append(_area(curve, end, across, up, level, transients, MEMORY_COLOURS["transients"], "working space"))
     says = f"rank {rank.rank}: activations, at most {amount(highest)}"
     parts.append(_area(curve, end, across, up, level, 0, MEMORY_COLOURS["kept"], says))
     if rank.limit:
@@ -225,7 +228,7 @@ def _area(
 def time_bar(prediction: Prediction) -> str:
     """The time of a step by kind, on the rank that computes longest."""
     used = [kind for kind in TIME_KINDS if prediction.time.get(kind)]
-    parts, top = legend(used, TIME_COLOURS, 8)
+    parts, top = legend(_named(used, TIME_COLOURS), 8)
     total = sum(prediction.time.values()) or 1.0
     axis, x = Axis(total, _LEFT, _WIDTH), float(_LEFT)
     for kind in used:
@@ -249,9 +252,10 @@ def trade_off(prediction: Prediction, limit: int) -> str:
         name="the plan", step_seconds=prediction.step_seconds, peak_memory=prediction.peak_memory, fits=True, verdict=""
     )
     most = max([*(one.peak_memory for one in points), chosen.peak_memory, 1]) * 1.08
-    slowest = max([*(one.step_seconds for one in points), chosen.step_seconds]) * 1.08
+    times = [*(one.step_seconds for one in points), chosen.step_seconds]
     high, top = 260.0, 24.0
-    across, up = Axis(max(most, limit * 1.02), _LEFT, _WIDTH), Axis(slowest, top + high, -high)
+    across = Axis(max(most, limit * 1.02), _LEFT, _WIDTH)
+    up = Axis(max(times) * 1.04, top + high, -high, least=min(times) * 0.9)
     parts = [f"<path d='M{_LEFT} {top}v{high}h{_WIDTH}' stroke='black' fill='none'/>", *_amounts(across, top + high)]
     for value in up.ticks(5):
         parts.append(

@@ -41,6 +41,7 @@ class PlanReport:
     is_edited: the settings are not those that the predictions are about
     what_if:   other sequence lengths and amounts of host memory, where they were planned
     measured:  times of a profile beside the predicted ones
+    measured_peaks:  bytes allocated at most on each device of a measured snapshot
     command:   how this page is made again
     """
 
@@ -49,6 +50,7 @@ class PlanReport:
     is_edited: bool = False
     what_if: WhatIf | None = None
     measured: Sequence[Measured] = ()
+    measured_peaks: Sequence[int] = ()
     command: str = ""
 
     @property
@@ -66,7 +68,7 @@ def render_page(report: PlanReport) -> str:
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     sections = [
         *_head(report, title),
-        *_memory(report.predicted),
+        *_memory(report),
         *_schedule(report.predicted),
         *_time(report),
         *_what_if(report.what_if),
@@ -132,7 +134,8 @@ def _limit(predicted: Prediction) -> int:
     return min((rank.limit for rank in predicted.memory if rank.limit), default=0)
 
 
-def _memory(predicted: Prediction) -> Iterator[str]:
+def _memory(report: PlanReport) -> Iterator[str]:
+    predicted = report.predicted
     if not predicted.memory:
         return
     yield "<h2 id='memory'>Memory</h2>"
@@ -152,7 +155,12 @@ def _memory(predicted: Prediction) -> Iterator[str]:
         ]
         for rank in predicted.memory
     ]
-    yield _table("memory-table", ["", *map(words, kinds), "peak", "host"], rows, numbers=range(1, len(kinds) + 3))
+    head = ["", *map(words, kinds), "peak", "host"]
+    if report.measured_peaks:
+        head.append("peak, measured")
+        peaks = [*map(amount, report.measured_peaks), *[""] * len(rows)]
+        rows = [[*row, peak] for row, peak in zip(rows, peaks, strict=False)]
+    yield _table("memory-table", head, rows, numbers=range(1, len(head)))
 
 
 def _picks(names: Sequence[str], pictures: Iterable[str], first: int = 0) -> Iterator[str]:
