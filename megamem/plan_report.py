@@ -12,9 +12,9 @@ import yaml
 
 from megamem.config import Config, load_config
 from megamem.errors import ConfigError
-from megamem.ir.plan import PARTS, Plan, Prediction, parse_plan, parse_spans
+from megamem.ir.plan import PARTS, Plan, Prediction, parse_plan
 from megamem.ir.record import RecordError
-from megamem.ir.schedule import Action, Placement, Shape, TimedAction
+from megamem.ir.schedule import Placement, Shape
 from megamem.ir.workload import PipelineCosts, StageCost, parse_costs
 from megamem.planner.schedules.families import FAMILIES
 from megamem.profiler.cuda_snapshot import load_snapshot, peak_nbytes
@@ -126,12 +126,7 @@ def _times(config: Config, plan: Plan, path: Path) -> Iterator[Measured]:
             f"{path}: costs of {len(measured.stages)} stages, and the plan has {placement.num_stages}; "
             "profile the model in the plan's layout"
         )
-    timeline = [
-        TimedAction(rank, Action(span.kind, span.chunk, span.microbatch), span.start, span.end)
-        for rank, line in enumerate(_predicted(plan, path).pipeline)
-        for span in parse_spans(line)
-    ]
-    predicted = costs_of_trace(timeline, placement, measured)
+    predicted = costs_of_trace(_predicted(plan, path).timeline(), placement, measured)
     for stage, (ours, theirs) in enumerate(zip(predicted.stages, measured.stages, strict=True)):
         whole = not ours.weight or not theirs.weight
         yield Measured(stage=stage, name="forward", predicted=ours.forward, measured=theirs.forward)

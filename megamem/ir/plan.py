@@ -21,11 +21,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from megamem.ir.job import Job
 from megamem.ir.model import differences
 from megamem.ir.record import RecordError, from_plain, to_plain
+from megamem.ir.schedule import Action, Kind, TimedAction
 
 PARTS = ("made_for", "predicted")
 """The keys of a configuration file that hold a plan."""
@@ -276,6 +277,14 @@ class Prediction:
     def peak_memory(self) -> int:
         """Device memory of the fullest rank."""
         return max((rank.peak for rank in self.memory), default=0)
+
+    def timeline(self) -> list[TimedAction]:
+        """The actions of `pipeline`, rank by rank. Raises ValueError that names a word that is no action."""
+        return [
+            TimedAction(rank, Action(cast(Kind, span.kind), span.chunk, span.microbatch), span.start, span.end)
+            for rank, line in enumerate(self.pipeline)
+            for span in parse_spans(line)
+        ]
 
     def activation_peak(self, rank: int) -> int:
         """Bytes that layers of pipeline rank `rank` hold for their backward passes at most: what a meter measures."""

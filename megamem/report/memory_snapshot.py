@@ -32,7 +32,7 @@ def predicted_snapshot(prediction: Prediction) -> dict[str, Any]:
     that does not change.
     """
     traces = []
-    segments = []
+    segments: list[dict[str, Any]] = []
     for rank in prediction.memory:
         text = prediction.pipeline[rank.rank] if rank.rank < len(prediction.pipeline) else ""
         spans = sorted(parse_spans(text), key=lambda span: span.start)
@@ -135,7 +135,7 @@ class _Recorder:
             }
             for address, (size, name) in self._live.items()
         ]
-        total = sum(block["size"] for block in blocks)
+        total = sum(size for size, _ in self._live.values())
         yield {
             "device": self.device,
             "address": self._base,

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from megamem.ir.plan import Plan, Prediction, parse_spans
-from megamem.ir.schedule import Action, TimedAction
+from megamem.ir.plan import Plan, Prediction
 from megamem.report.charts import amount, duration, memory_bars, memory_over_time, time_bar, trade_off, words
 from megamem.report.schedule_svg import Picture, render_svg
 from megamem.report.what_if import Cell, WhatIf
@@ -173,11 +172,7 @@ def _picks(names: Sequence[str], pictures: Iterable[str], first: int = 0) -> Ite
 
 
 def _schedule(predicted: Prediction) -> Iterator[str]:
-    timeline = [
-        TimedAction(rank, Action(span.kind, span.chunk, span.microbatch), span.start, span.end)
-        for rank, line in enumerate(predicted.pipeline)
-        for span in parse_spans(line)
-    ]
+    timeline = predicted.timeline()
     if not timeline:
         return
     yield "<h2 id='schedule'>Pipeline schedule</h2>"
