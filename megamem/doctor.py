@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from megamem import __version__
-from megamem.errors import ConfigError
+from megamem.errors import ConfigError, NativeError
 from megamem.host import host_memory
+from megamem.native.build import find_compiler
 from megamem.options import Bytes
 
 _NEEDED = ("torch", "megatron-core")  # without these no capability works
@@ -239,6 +241,7 @@ def _machine(torch_fault: str) -> list[tuple[str, str]]:
     except ConfigError as fault:
         facts.append(("host memory", str(fault)))
     facts.append(("locked memory (ulimit -l)", _locked_memory()))
+    facts.append(("C++ compiler", _compiler()))
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
     note = {
         None: "not set; Megatron asks for 1 with tensor or context parallelism on GPUs before Blackwell",
@@ -250,6 +253,13 @@ def _machine(torch_fault: str) -> list[tuple[str, str]]:
         kept = "16 bits; unset it to keep them in 8" if backward == "0" else "8 bits"
         facts.append(("NVTE_FP8_DPA_BWD", f"{backward}: FP8 attention keeps q, k and v in {kept}"))
     return facts
+
+
+def _compiler() -> str:
+    try:
+        return f"{shlex.join(find_compiler())}; builds the static allocator and the core of megamem solve"
+    except NativeError as fault:
+        return f"{fault}. Without it there is no static allocator, and megamem solve is slower"
 
 
 def _gpu(torch_fault: str) -> str:

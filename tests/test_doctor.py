@@ -76,7 +76,8 @@ def test_the_installed_versions_are_green(capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     assert report["green"] is True
     assert {"torch", "megatron-core", "transformer-engine", "apex", "triton"} <= {p["name"] for p in report["packages"]}
-    assert {"GPU", "host memory", "locked memory (ulimit -l)", "CUDA_DEVICE_MAX_CONNECTIONS"} <= set(report["machine"])
+    facts = {"GPU", "host memory", "locked memory (ulimit -l)", "C++ compiler", "CUDA_DEVICE_MAX_CONNECTIONS"}
+    assert facts <= set(report["machine"])
     assert all(p["remedy"] for p in report["packages"] if p["state"] != "ok")
 
 
@@ -100,3 +101,9 @@ def test_a_version_out_of_range_names_the_range(monkeypatch: pytest.MonkeyPatch)
 def test_a_torch_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "2.6.0")
     assert doctor._package("torch", torch_fault="libcudart.so: cannot open").state == "broken"
+
+
+def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    text = dict(doctor.examine().machine)["C++ compiler"]
+    assert "CXX names the compiler 'no-such-compiler'" in text and "no static allocator" in text

@@ -30,7 +30,7 @@ def build(flags: Sequence[str] = FLAGS, *, front_end: str | None = None, links: 
     With `front_end`, a source in `src/torch`, that of the core and this front end in one, linked with `links`. `flags`
     must then tell one PyTorch from another, since its headers are no part of the cache's key.
     """
-    compiler = _find_compiler()
+    compiler = find_compiler()
     target = cache_folder() / f"megamem-{_key(compiler, [*flags, front_end or '', *links])}.so"
     if target.exists():
         return target
@@ -68,8 +68,8 @@ def cache_folder() -> Path:
         raise NativeError("there is no home folder to keep the compiled core in; name one in MEGAMEM_CACHE") from fault
 
 
-def _find_compiler() -> list[str]:
-    """The compiler's command; CXX may hold arguments too."""
+def find_compiler() -> list[str]:
+    """The compiler's command; CXX may hold arguments too. Raises NativeError with the remedy where there is none."""
     asked = shlex.split(os.environ.get("CXX", ""))
     if asked:
         if shutil.which(asked[0]) is None:
