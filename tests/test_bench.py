@@ -19,6 +19,9 @@ NAMES = (
     "retained_bytes",
     "bookkeeping",
     "compressed_swap",
+    "saved_activations",
+    "training_parity",
+    "kernel_bandwidth",
     "gpu_layer",
     "quickstart",
     "schedules",
@@ -106,6 +109,43 @@ def test_compressed_swap(tmp_path: Path) -> None:
         assert found["compress: fp8"]["bytes_ratio"] == min(result["bytes_ratio"] for result in found.values())
         for kind in ("input of linear_qkv", "input of linear_fc1", "input of linear_fc2"):
             assert found[kind]["error"]["input"] == 0, kind  # a weight's gradient is all that depends on it
+
+
+def test_saved_activations(tmp_path: Path) -> None:
+    results = run("saved_activations", tmp_path / "out.json")
+    found = results["layers"]["contenders"]
+    held = {name: one["live_bytes"] for name, one in found.items()}
+    assert all(one["engine_bytes"] == one["live_bytes"] for one in found.values())
+    assert held["stock"] > held["rebuild"] > held["mlp"] > held["all"] == held["all, int8"] == held["all, e5m2"]
+    assert held["rebuild"] < held["Megatron's FP8 option"] and held["all"] < 0.5 * held["stock"]
+    assert found["stock"]["error"]["parameters"] == 0.0
+    assert found["rebuild"]["error"]["parameters"] < 0.01 < found["all"]["error"]["parameters"] < 0.05
+    for row in results["swiglu"]:
+        assert row["error"]["bf16"] < row["error"]["e4m3"] < 0.03
+        assert row["error"]["e4m3"] < row["error"]["Megatron's FP8 option"]
+
+
+@pytest.mark.slow
+def test_training_parity(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number, path in enumerate(sorted((ROOT / "megamem").rglob("*.py"))):
+        (text / f"{number}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    results = run(
+        "training_parity", tmp_path / "out.json", "--text", str(text), "--contenders", "bf16/fp32/all"
+    )  # fmt: skip
+    found = results["contenders"]
+    assert found["all"]["activation_bytes"] < 0.5 * found["bf16"]["activation_bytes"]
+    assert 0.0 < abs(found["all"]["difference"]) < 0.01
+    assert "<polyline" in (tmp_path / "out.svg").read_text(encoding="utf-8")
+
+
+def test_kernel_bandwidth(tmp_path: Path) -> None:
+    results = run("kernel_bandwidth", tmp_path / "out.json", "--device", "cpu")
+    assert {case["kind"] for case in results["cases"]} == {"codec", "swiglu", "norm"}
+    for case in results["cases"]:
+        for summary in case["milliseconds"].values():
+            check_summary(summary)
 
 
 def test_schedules(tmp_path: Path) -> None:

@@ -71,13 +71,13 @@ def train(flags: tuple[str, ...], seed: int, args: argparse.Namespace, folder: P
 
 def run(args: argparse.Namespace) -> common.Json:
     """Every contender with every seed; those of one seed follow one another."""
-    runs: dict[str, list[common.Json]] = {name: [] for name in CONTENDERS}
+    runs: dict[str, list[common.Json]] = {name: [] for name in args.contenders}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, args.seeds + 1):
-            for number, (name, flags) in enumerate(CONTENDERS.items(), start=1):
-                print(f"seed {seed} of {args.seeds}, contender {number} of {len(CONTENDERS)}: {name}", flush=True)
-                runs[name].append(train(flags, seed, args, Path(folder)))
-    results: common.Json = {"every": EVERY, "contenders": {name: summarised(runs, name) for name in CONTENDERS}}
+            for number, name in enumerate(runs, start=1):
+                print(f"seed {seed} of {args.seeds}, contender {number} of {len(runs)}: {name}", flush=True)
+                runs[name].append(train(CONTENDERS[name], seed, args, Path(folder)))
+    results: common.Json = {"every": EVERY, "contenders": {name: summarised(runs, name) for name in runs}}
     results["targets"] = targets(results["contenders"])
     return results
 
@@ -143,10 +143,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="cpu")
     parser.add_argument("--text", type=Path, help="a folder with text files (default: Python's standard library)")
+    parser.add_argument(
+        "--contenders", type=lambda text: text.split("/"), default=list(CONTENDERS), metavar="NAME/NAME",
+        help="bf16 and fp32, and any of the others (default: all)",
+    )  # fmt: skip
     args = parser.parse_args()
     args.text = args.text or Path(sysconfig.get_paths()["stdlib"])
     if args.quick:
-        args.iterations, args.evaluations, args.seeds = 4, 1, 2
+        args.iterations, args.evaluations, args.seeds = 4, 1, 1
     results = run(args)
     args.text = args.text.name  # no path of this machine
     rows = [
