@@ -17,7 +17,7 @@ from megamem.ir.record import RecordError
 from megamem.ir.schedule import Placement, Shape
 from megamem.ir.workload import PipelineCosts, StageCost, parse_costs
 from megamem.planner.schedules.families import FAMILIES
-from megamem.profiler.cuda_snapshot import load_snapshot, peak_nbytes
+from megamem.profiler.cuda_snapshot import curves_of_snapshot, load_snapshot
 from megamem.profiler.trace import costs_of_trace
 from megamem.report.charts import amount, duration
 from megamem.report.memory_snapshot import beside, predicted_snapshot, write_snapshot
@@ -28,11 +28,11 @@ _EPILOG = """examples:
   megamem report plan.yaml                                writes plan.html, and says what is in it
   megamem report plan.yaml --html page.html --profile trace.costs.json
   megamem report plan.yaml --snapshot plan.pickle         for pytorch.org/memory_viz
-  megamem report plan.yaml --snapshot both.pickle --measured steps.pickle
+  megamem report plan.yaml --snapshot both.pickle --measured rank0.pickle rank1.pickle
 
 The page needs no network and no server. A profile is what `megamem profile` writes, or the FILE.costs.json that
-schedule.trace leaves beside its trace. A measured snapshot is PyTorch's own (torch.cuda.memory._dump_snapshot): it
-comes into the written snapshot behind the predicted ranks, and its peaks come onto the page.
+schedule.trace leaves beside its trace. Measured snapshots are PyTorch's own (torch.cuda.memory._dump_snapshot), one per
+pipeline rank: they are drawn over the predicted memory, and come into the written snapshot behind the predicted ranks.
 """
 
 
@@ -52,7 +52,11 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--snapshot", metavar="FILE", help="also write the predicted memory as a PyTorch memory snapshot"
     )
     report.add_argument(
-        "--measured", metavar="FILE", help="a measured memory snapshot, set beside the predicted memory"
+        "--measured",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="measured memory snapshots of the pipeline ranks, in order",
     )
     report.set_defaults(run=run)
 
@@ -62,23 +66,24 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.plan)
     config, plan = read_plan(path)
     predicted = _predicted(plan, path)
-    measured = load_snapshot(arguments.measured) if arguments.measured else None
+    snapshots = [load_snapshot(name) for name in arguments.measured]
+    curves = [(one, device, curve) for one in snapshots for device, curve in curves_of_snapshot(one).items()]
     report = PlanReport(
         plan=plan,
         settings=yaml.safe_dump({"megamem": config.settings()}, sort_keys=False, width=100),
         is_edited=not plan.predicts(config.settings()),
         measured=tuple(_times(config, plan, Path(arguments.profile))) if arguments.profile else (),
-        measured_peaks=() if measured is None else tuple(peak_nbytes(measured)),
+        memory=tuple(curve for _, _, curve in curves),
         command=shlex.join(["megamem", "report", *(text for text in _given(arguments))]),
     )
     page = Path(arguments.html) if arguments.html else path.with_suffix(".html")
     _write(page, render_page(report))
     print(f"{page}: {amount(predicted.peak_memory)} on the fullest rank, {duration(predicted.step_seconds)} a step")
     if arguments.snapshot:
-        snapshot = predicted_snapshot(predicted)
-        write_snapshot(arguments.snapshot, snapshot if measured is None else beside(snapshot, measured))
-        print(f"{arguments.snapshot}: device_traces of {len(predicted.memory)} predicted ranks", end="")
-        print("" if measured is None else f", and behind them {len(measured.get('device_traces', []))} measured ones")
+        both = beside(predicted_snapshot(predicted), [(one, device) for one, device, _ in curves])
+        write_snapshot(arguments.snapshot, both)
+        behind = f", and behind them {len(curves)} measured ones" if curves else ""
+        print(f"{arguments.snapshot}: {len(predicted.memory)} predicted ranks as devices{behind}")
     return 0
 
 
@@ -103,9 +108,11 @@ def _predicted(plan: Plan, path: Path) -> Prediction:
 
 def _given(arguments: argparse.Namespace) -> Iterator[str]:
     yield arguments.plan
-    for name in ("html", "profile", "snapshot", "measured"):
+    for name in ("html", "profile", "snapshot"):
         if getattr(arguments, name):
             yield from (f"--{name}", getattr(arguments, name))
+    if arguments.measured:
+        yield from ("--measured", *arguments.measured)
 
 
 def _write(path: Path, content: str) -> None:

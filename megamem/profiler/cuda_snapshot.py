@@ -65,21 +65,41 @@ def load_snapshot(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def peak_nbytes(snapshot: Mapping[str, Any]) -> list[int]:
-    """The most that was allocated at once on each device, as sizes were asked for, while events were recorded."""
-    held = [0] * len(snapshot["device_traces"])
+def curves_of_snapshot(snapshot: Mapping[str, Any]) -> dict[int, list[tuple[float, int]]]:
+    """Per device with events, (seconds, bytes allocated from then on), as sizes were asked for.
+
+    Where steps are marked (`label`), of the last step that another follows, else of the whole recording; the first
+    point is at 0 and holds what was there before.
+    """
+    curves = {}
+    for device, trace in enumerate(snapshot["device_traces"]):
+        events = [event for event in trace if event["action"] in ("alloc", "free_completed")]
+        if not events:
+            continue
+        held = _held_before(snapshot, device, events)
+        begin, end = _window(events, None, None, None)
+        held += sum(_change(event) for event in events[:begin])
+        start = events[begin].get("time_us", 0)
+        curve = [(0.0, held)]
+        for event in events[begin:end]:
+            held += _change(event)
+            curve.append(((event.get("time_us", start) - start) / 1e6, held))
+        curves[device] = curve
+    return curves
+
+
+def _change(event: Mapping[str, Any]) -> int:
+    return int(event["size"]) if event["action"] == "alloc" else -int(event["size"])
+
+
+def _held_before(snapshot: Mapping[str, Any], device: int, events: Sequence[Mapping[str, Any]]) -> int:
+    """What was allocated before the first event: what is at the end, less the changes."""
+    held = 0
     for segment in snapshot.get("segments", []):
-        blocks = [block for block in segment["blocks"] if block["state"].startswith("active")]
-        if 0 <= segment.get("device", 0) < len(held):
-            held[segment.get("device", 0)] += sum(block.get("requested_size", block["size"]) for block in blocks)
-    peaks = []
-    for now, events in zip(held, snapshot["device_traces"], strict=True):  # backwards from what is held at the end
-        peak = now
-        for event in reversed(events):
-            now += {"alloc": -1, "free_completed": 1}.get(event["action"], 0) * event.get("size", 0)
-            peak = max(peak, now)
-        peaks.append(peak)
-    return peaks
+        if segment.get("device", 0) == device:
+            active = [block for block in segment["blocks"] if block["state"].startswith("active")]
+            held += sum(int(block.get("requested_size", block["size"])) for block in active)
+    return held - sum(_change(event) for event in events)
 
 
 def trace_of_snapshot(

@@ -29,6 +29,7 @@ TIME_COLOURS = {
     "bubble": "#cccccc", "data_parallel": "#999999", "optimizer": "#666666",
 }  # fmt: skip
 
+_MEASURED = "#000000"
 _LEFT, _RIGHT, _WIDTH = 84, 120, 760
 _ROW, _BAR = 30, 22
 
@@ -159,20 +160,26 @@ def _amounts(axis: Axis, y: float) -> Iterator[str]:
         )
 
 
-def memory_over_time(rank: RankMemory, end: float) -> str:
-    """Memory of a rank over one step of `end` seconds: what does not change as bands, activations above, the limit."""
+def memory_over_time(rank: RankMemory, end: float, measured: Sequence[tuple[float, float]] = ()) -> str:
+    """Memory of a rank over one step of `end` seconds: what does not change as bands, activations above, the limit.
+
+    `measured` is drawn over it as a line: (seconds, bytes from then on).
+    """
     curve = rank.curve() or [(0.0, sum(rank.kinds.get(kind, 0) for kind in ACTIVATION_KINDS))]
     fixed = {kind: rank.kinds[kind] for kind in MEMORY_KINDS if rank.kinds.get(kind) and kind not in ACTIVATION_KINDS}
     transients = fixed.pop("transients", 0)
     base = sum(fixed.values())
     highest = max(nbytes for _, nbytes in curve)
-    most = max(rank.limit, base + highest + transients, 1) * 1.04
+    most = max([rank.limit, base + highest + transients, 1, *(nbytes for _, nbytes in measured)]) * 1.04
+    stop = max([end, 1e-9, *(moment for moment, _ in measured[-1:])])
     names = {**_named([*fixed], MEMORY_COLOURS), "activations": MEMORY_COLOURS["kept"]}
     if transients:
         names["working space"] = MEMORY_COLOURS["transients"]
+    if measured:
+        names["measured"] = _MEASURED
     parts, top = legend(names, 8)
     high = 240.0
-    across, up = Axis(max(end, 1e-9), _LEFT, _WIDTH), Axis(most, top + high, -high)
+    across, up = Axis(stop, _LEFT, _WIDTH), Axis(most, top + high, -high)
     level = 0.0
     for kind, nbytes in fixed.items():
         says = f"rank {rank.rank}: {words(kind)} {amount(nbytes)}, all the time"
@@ -184,6 +191,13 @@ def memory_over_time(rank: RankMemory, end: float) -> str:
         parts.append(_area(curve, end, across, up, level, transients, MEMORY_COLOURS["transients"], "working space"))
     says = f"rank {rank.rank}: activations, at most {amount(highest)}"
     parts.append(_area(curve, end, across, up, level, 0, MEMORY_COLOURS["kept"], says))
+    if measured:
+        highest = max(nbytes for _, nbytes in measured)
+        line = "".join(f"H{across(moment):.2f}V{up(nbytes):.2f}" for moment, nbytes in measured[1:])
+        parts.append(
+            f"<path class='measured' d='M{_LEFT} {up(measured[0][1]):.2f}{line}' stroke='{_MEASURED}' fill='none' "
+            f"stroke-width='1.5'><title>measured, at most {amount(highest)}</title></path>"
+        )
     if rank.limit:
         y = up(rank.limit)
         parts.append(

@@ -48,15 +48,19 @@ def predicted_snapshot(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def beside(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Both in one snapshot: the measured devices come behind the predicted ranks, from time 0 on."""
-    shift = len(predicted["device_traces"])
-    traces = list(predicted["device_traces"])
-    for events in measured.get("device_traces", []):
+def beside(predicted: Mapping[str, Any], measured: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+    """All in one snapshot: measured devices (snapshot, device) come behind the predicted ranks, from time 0 on."""
+    traces, segments = list(predicted["device_traces"]), list(predicted["segments"])
+    for snapshot, device in measured:
+        events = snapshot["device_traces"][device]
         start = min((event["time_us"] for event in events if "time_us" in event), default=0)
+        segments += [
+            {**segment, "device": len(traces)}
+            for segment in snapshot.get("segments", [])
+            if segment.get("device", 0) == device
+        ]
         traces.append([{**event, "time_us": event.get("time_us", start) - start} for event in events])
-    moved = [{**segment, "device": segment.get("device", 0) + shift} for segment in measured.get("segments", [])]
-    return {**predicted, "segments": [*predicted["segments"], *moved], "device_traces": traces}
+    return {**predicted, "segments": segments, "device_traces": traces}
 
 
 def write_snapshot(path: str | Path, snapshot: Mapping[str, Any]) -> None:

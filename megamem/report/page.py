@@ -40,7 +40,7 @@ class PlanReport:
     is_edited: the settings are not those that the predictions are about
     what_if:   other sequence lengths and amounts of host memory, where they were planned
     measured:  times of a profile beside the predicted ones
-    measured_peaks:  bytes allocated at most on each device of a measured snapshot
+    memory:    measured memory over time of the ranks, in order: (seconds, bytes from then on)
     command:   how this page is made again
     """
 
@@ -49,7 +49,7 @@ class PlanReport:
     is_edited: bool = False
     what_if: WhatIf | None = None
     measured: Sequence[Measured] = ()
-    measured_peaks: Sequence[int] = ()
+    memory: Sequence[Sequence[tuple[float, float]]] = ()
     command: str = ""
 
     @property
@@ -143,7 +143,11 @@ def _memory(report: PlanReport) -> Iterator[str]:
     yield "<p>The same over one step.</p>"
     fullest = max(range(len(predicted.memory)), key=lambda index: predicted.memory[index].peak)
     names = [f"rank {rank.rank}" for rank in predicted.memory]
-    yield from _picks(names, (memory_over_time(rank, predicted.step_seconds) for rank in predicted.memory), fullest)
+    measured = [*report.memory, *[()] * len(predicted.memory)]
+    pictures = [
+        memory_over_time(r, predicted.step_seconds, c) for r, c in zip(predicted.memory, measured, strict=False)
+    ]
+    yield from _picks(names, pictures, fullest)
     kinds = [kind for kind in predicted.memory[0].kinds if any(rank.kinds.get(kind) for rank in predicted.memory)]
     rows = [
         [
@@ -155,9 +159,9 @@ def _memory(report: PlanReport) -> Iterator[str]:
         for rank in predicted.memory
     ]
     head = ["", *map(words, kinds), "peak", "host"]
-    if report.measured_peaks:
+    if report.memory:
         head.append("peak, measured")
-        peaks = [*map(amount, report.measured_peaks), *[""] * len(rows)]
+        peaks = [amount(max(nbytes for _, nbytes in curve)) if curve else "" for curve in measured]
         rows = [[*row, peak] for row, peak in zip(rows, peaks, strict=False)]
     yield _table("memory-table", head, rows, numbers=range(1, len(head)))
 

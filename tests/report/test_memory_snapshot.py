@@ -13,7 +13,7 @@ import pytest
 from sample_plan import RANKS, sample
 
 from megamem.ir.plan import Prediction, RankMemory, Utilization, timeline_text
-from megamem.profiler.cuda_snapshot import load_snapshot, peak_nbytes, read_snapshot
+from megamem.profiler.cuda_snapshot import curves_of_snapshot, label, load_snapshot, read_snapshot
 from megamem.report.charts import ACTIVATION_KINDS
 from megamem.report.memory_snapshot import beside, predicted_snapshot, write_snapshot
 
@@ -48,7 +48,8 @@ def test_each_rank_is_a_device_whose_memory_is_what_was_predicted() -> None:
         assert [time for time, _ in curve] == sorted(time for time, _ in curve)
         assert curve[-1][1] == fixed
         want = max(nbytes for _, nbytes in rank.curve()) + rank.kinds.get("transients", 0) + fixed
-        assert max(nbytes for _, nbytes in curve) == want == peak_nbytes(snapshot)[rank.rank]
+        assert max(nbytes for _, nbytes in curve) == want
+        assert max(nbytes for _, nbytes in curves_of_snapshot(snapshot)[rank.rank]) == want
         for moment, nbytes in rank.curve():
             at = round(moment * 1e6)
             after = [held for time, held in curve if time <= at][-1]
@@ -131,15 +132,28 @@ def measured() -> dict[str, Any]:
 
 
 def test_a_measured_snapshot_stands_behind_the_predicted_ranks() -> None:
-    both = beside(predicted_snapshot(predicted()), measured())
+    both = beside(predicted_snapshot(predicted()), [(measured(), 0), (measured(), 1)])
     assert len(both["device_traces"]) == RANKS + 2
     assert [event["time_us"] for event in both["device_traces"][RANKS]] == [0, 400, 400]
     assert both["segments"][-1]["device"] == RANKS
     assert measured()["segments"][0]["device"] == 0
 
 
-def test_peaks_of_a_measured_snapshot_count_what_was_there_before() -> None:
-    assert peak_nbytes(measured()) == [12, 0]
+def test_curves_of_a_measured_snapshot_count_what_was_there_before() -> None:
+    assert curves_of_snapshot(measured()) == {0: [(0.0, 7), (0.0, 12), (0.0004, 5)]}
+
+
+def test_curves_are_of_the_last_whole_step_where_steps_are_marked() -> None:
+    snapshot = measured()
+    block = {"address": 10, "size": 64, "requested_size": 40, "state": "active_allocated"}
+    snapshot["segments"] = [{"device": 0, "blocks": [block]}]
+    snapshot["device_traces"] = [
+        [
+            {"action": "alloc", "addr": at, "size": 10, "time_us": at, "user_metadata": label(at // 10, "forward")}
+            for at in (10, 20, 25, 30)
+        ]
+    ]
+    assert curves_of_snapshot(snapshot) == {0: [(0.0, 10), (0.0, 20), (5e-06, 30)]}
 
 
 @pytest.mark.parametrize("content", [b"no pickle", pickle.dumps([1, 2]), pickle.dumps({"segments": []})])

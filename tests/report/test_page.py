@@ -190,10 +190,11 @@ def test_what_is_not_predicted_is_not_drawn(browser: Browser, tmp_path: Path) ->
 
 def test_edited_settings_and_measured_times_are_said() -> None:
     rows = [Measured(stage=0, name="forward", predicted=0.012, measured=0.01)]
-    text = page(is_edited=True, measured=rows, measured_peaks=[1 << 30, 1 << 31])
+    text = page(is_edited=True, measured=rows, memory=[[(0.0, 1 << 30), (1.0, 1 << 31)], [(0.0, 5)]])
     assert "id='edited'" in text and "id='edited'" not in page()
     assert "1.20" in text and "12.0 ms" in text
-    assert "peak, measured" in text and "2.00 GiB" in text
+    assert "peak, measured" in text and text.count("class='measured'") == 2
+    assert "measured, at most 2.00 GiB" in text and "class='measured'" not in page()
     assert "slower &lt;by&gt; a little &amp; not smaller" in text
 
 
