@@ -192,11 +192,11 @@ def memory_over_time(rank: RankMemory, end: float, measured: Sequence[tuple[floa
     says = f"rank {rank.rank}: activations, at most {amount(highest)}"
     parts.append(_area(curve, end, across, up, level, 0, MEMORY_COLOURS["kept"], says))
     if measured:
-        highest = max(nbytes for _, nbytes in measured)
+        seen = max(nbytes for _, nbytes in measured)
         line = "".join(f"H{across(moment):.2f}V{up(nbytes):.2f}" for moment, nbytes in measured[1:])
         parts.append(
             f"<path class='measured' d='M{_LEFT} {up(measured[0][1]):.2f}{line}' stroke='{_MEASURED}' fill='none' "
-            f"stroke-width='1.5'><title>measured, at most {amount(highest)}</title></path>"
+            f"stroke-width='1.5'><title>measured, at most {amount(seen)}</title></path>"
         )
     if rank.limit:
         y = up(rank.limit)
