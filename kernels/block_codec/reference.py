@@ -39,7 +39,7 @@ def dequantise_reference(quantised: Quantised, format: BlockFormat, dtype: torch
     codes, scales = quantised
     coded = codes.view(CODE_DTYPES[format.element]).float()
     scaled_GE = _grouped(coded, format) * scales.unsqueeze(-1)
-    return scaled_GE.flatten(-2)[..., : codes.shape[-1]].to(dtype)
+    return scaled_GE.flatten(-2)[..., : codes.shape[-1]].to(dtype).contiguous()
 
 
 def _grouped(values: torch.Tensor, format: BlockFormat) -> torch.Tensor:

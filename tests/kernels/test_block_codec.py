@@ -214,6 +214,7 @@ def test_kernels_with_any_strides(interpreter: ModuleType) -> None:
         found = quantise(view, BlockFormat(), backend="triton")
         assert_same(found, quantise(view.clone(), BlockFormat()))
         assert found.codes.is_contiguous() and found.scales.is_contiguous()
+        assert dequantise(found, BlockFormat(), torch.float32).is_contiguous()
 
 
 def test_head_wise_groups(interpreter: ModuleType) -> None:
