@@ -26,6 +26,7 @@ from megamem.sections import (
     Activations,
     Allocator,
     LowPrecision,
+    Mlp,
     Scheduling,
     Section,
     Vocabulary,
@@ -43,6 +44,7 @@ __all__ = [
     "Allocator",
     "Config",
     "LowPrecision",
+    "Mlp",
     "Scheduling",
     "TableRow",
     "Vocabulary",
@@ -64,6 +66,7 @@ class Config:
     activations: Activations = field(default_factory=Activations)
     schedule: Scheduling = field(default_factory=Scheduling)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    mlp: Mlp = field(default_factory=Mlp)
     allocator: Allocator = field(default_factory=Allocator)
     fp8: LowPrecision = field(default_factory=LowPrecision)
     plan: Plan | None = None

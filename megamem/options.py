@@ -255,27 +255,29 @@ class Duration:
 
 @dataclass(frozen=True)
 class Auto:
-    """Another kind of value, or `auto`."""
+    """Another kind of value, or a word: `auto`, unless others are given."""
 
     kind: Kind
+    words: tuple[str, ...] = ("auto",)
 
     @property
     def metavar(self) -> str:
-        return f"{self.kind.metavar}|auto"
+        return "|".join((self.kind.metavar, *self.words))
 
     def parse(self, raw: object) -> Any:
-        if raw == "auto":
-            return "auto"
+        if raw in self.words:
+            return raw
         try:
             return self.kind.parse(raw)
         except Invalid as invalid:
-            raise Invalid(*((place, f"{reason}, or auto") for place, reason in invalid.reasons)) from None
+            words = " or ".join(self.words)
+            raise Invalid(*((place, f"{reason}, or {words}") for place, reason in invalid.reasons)) from None
 
     def plain(self, value: Any) -> object:
-        return value if value == "auto" else self.kind.plain(value)
+        return value if value in self.words else self.kind.plain(value)
 
     def schema(self) -> dict[str, object]:
-        return {"anyOf": [self.kind.schema(), {"enum": ["auto"]}]}
+        return {"anyOf": [self.kind.schema(), {"enum": list(self.words)}]}
 
 
 @dataclass(frozen=True)

@@ -365,6 +365,23 @@ class LowPrecision(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mlp(Section):
+    """The dense MLP of a layer, one tile of its tokens at a time."""
+
+    NAME: ClassVar[str] = "mlp"
+    KEY: ClassVar[str] = "tiles"
+
+    tiles: int | Literal["off", "auto"] = option(
+        Auto(Count(least=1), ("off", "auto")),
+        "off",
+        "Run the MLP in this many tiles of its tokens, so that what lies between its linear layers, and the gathered "
+        "input under sequence parallelism, is in memory for one tile at a time. No matrix product is done twice: the "
+        "output of linear_fc1 stays, or goes where the activation policy says, tile by tile. auto: so many that a tile "
+        "needs no more than the MLP's input takes, with at least 1024 rows in each.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Allocator(Section):
     """An exact plan for the memory of a training step, and an arena that keeps to it."""
 

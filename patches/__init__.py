@@ -11,6 +11,7 @@ from megamem.patches.megatron_core import (
     gpt_model,
     language_module,
     layers,
+    mlp,
     parallel_state,
     schedules,
     transformer_layer,
@@ -19,14 +20,17 @@ from megamem.patches.megatron_training import arguments, gpt_builder, training
 from megamem.patches.registry import Patch
 
 GROUPS: Mapping[str, tuple[Patch, ...]] = {
-    "activations": (*transformer_layer.PATCHES, *schedules.PATCHES),
+    "activations": (*transformer_layer.PATCHES, *schedules.PATCHES, *layers.PATCHES),
     "activations.layers": transformer_layer.PATCHES,
+    "activations.linears": layers.PATCHES,
     "schedule": (*schedules.PATCHES, *layers.PATCHES),
     "fp8": (*transformer_layer.PATCHES, *schedules.PATCHES),
     "fp8.activations": fusions.PATCHES,
     "vocabulary": schedules.PATCHES,
     "allocator": schedules.PATCHES,
     "vocabulary.parallel": gpt_model.BUILD_PATCHES,
+    "mlp": (*schedules.PATCHES, *layers.PATCHES),
+    "mlp.forward": mlp.PATCHES,
     "vocabulary.loss": (*gpt_model.LOSS_PATCHES, *language_module.LOSS_PATCHES),
     "schedule.building": gpt_model.BUILD_PATCHES,
     "schedule.v-placement": (*gpt_model.PATCHES, *language_module.PATCHES, *finalize_model_grads.PATCHES),

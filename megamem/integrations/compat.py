@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,19 @@ def nvtx_messages() -> list[str]:
 
     messages: list[str] = getattr(utils, "_nvtx_range_messages", [])
     return messages
+
+
+@contextmanager
+def balanced_ranges() -> Iterator[None]:
+    """Around a call that may be broken off: closes the NVTX ranges of Megatron's that it leaves open."""
+    messages = nvtx_messages()
+    depth = len(messages)
+    try:
+        yield
+    finally:
+        while len(messages) > depth:
+            messages.pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
 
 def random_state() -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

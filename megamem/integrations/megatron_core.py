@@ -35,14 +35,16 @@ from megamem.integrations import compat, transformer_engine
 from megamem.integrations.allocator import PlannedMemory
 from megamem.integrations.capability import Capability, CapabilityReport, agree, refuse_together, require_live
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
+from megamem.integrations.megatron_linear import run_whole
 from megamem.integrations.megatron_schedule import MegatronSchedule, offloads, plan_ahead
-from megamem.integrations.metering import EngineMeter, Meter, MeterSession, ScheduleMeter
+from megamem.integrations.metering import METER_PATCHES, EngineMeter, Meter, MeterSession, ScheduleMeter
 from megamem.integrations.placement import VPlacement
 from megamem.integrations.plan_check import check_layout, check_model
 from megamem.integrations.report import ActivationReport, Report
 from megamem.integrations.saved_activations import SavedActivations
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
 from megamem.integrations.switch_on import switch_on_table
+from megamem.integrations.tiled_mlp import TiledMlp
 from megamem.integrations.vocabulary import FusedLoss
 from megamem.integrations.vocabulary_parallel import VocabularyParallel
 from megamem.ir.schedule import Barriers
@@ -60,6 +62,7 @@ _LOG = logging.getLogger("megamem")
 
 CAPABILITIES: Mapping[str, Callable[[Config], Capability]] = {
     "vocabulary": lambda config: _vocabulary(config),
+    "mlp": lambda config: TiledMlp(config.mlp, rebuilds=config.fp8.is_on),
     "allocator": lambda config: PlannedMemory(config.allocator),
     "fp8": lambda config: SavedActivations(config.fp8),
 }
@@ -173,6 +176,10 @@ class Session(AbstractSession, AbstractBuilder):
         if config.schedule.is_on:
             shared = next((item for item in self.capabilities if isinstance(item, VocabularyParallel)), None)
             self.schedule = MegatronSchedule.of(config.schedule, planned, _agreed_name(), shared)
+        self.tiles = next((item for item in self.capabilities if isinstance(item, TiledMlp)), None)
+        if self.tiles is not None and self.schedule is not None:
+            self.tiles.queue = self.schedule.queue
+            self.schedule.delayed.left_out = self.tiles.modules
         self._trace_writer = TraceWriter(config.schedule.trace) if config.schedule.trace != "none" else None
         self._device = device
         self._layers: weakref.WeakKeyDictionary[Module, MegatronLayer] = weakref.WeakKeyDictionary()
@@ -246,7 +253,8 @@ class Session(AbstractSession, AbstractBuilder):
         known = self._layers.get(layer)
         if known is None:
             check_layer(layer, self.config)
-            known = self._layers[layer] = MegatronLayer(layer, partial(self.around_layer, is_replay=True))
+            tiled = self.tiles is not None and self.tiles.takes(getattr(layer, "mlp", None))
+            known = self._layers[layer] = MegatronLayer(layer, partial(self.around_layer, is_replay=True), tiled=tiled)
         if self.engine is None:
             self.engine = self._build_engine(layer, known.hidden(args, kwargs))
         if self.schedule is None or not self.schedule.offloads:
@@ -256,7 +264,7 @@ class Session(AbstractSession, AbstractBuilder):
 
     def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         if self.schedule is None:
-            return function.apply(*arguments)
+            return run_whole(function, arguments)
         return self.schedule.linears.run(function, arguments)
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -333,6 +341,8 @@ class Session(AbstractSession, AbstractBuilder):
         engine = ActivationEngine(plan, device, self.host_nbytes, verify=options.verify)
         if self.schedule is not None:
             self.schedule.reload = engine.fetch_marked
+        if self.tiles is not None:
+            self.tiles.shelf = engine.shelf
         return engine
 
     def _checkpoint_experts(self, layer: Any) -> None:
@@ -401,9 +411,11 @@ class Handle:
         if not self.config.activations.is_on:
             layers = ActivationMeter()
             self._session.meter = MeterSession(layers)
-            if not self.config.fp8.is_on:  # whose patches bring layers to the session
-                applied = apply(patch.bound(self._session.meter) for patch in GROUPS["activations.layers"])
-                self._session.undo.append(applied.revert)
+            live = {
+                patch for name in self.config.enabled for patch in GROUPS[name]
+            }  # those bring layers to the session
+            applied = apply(patch.bound(self._session.meter) for patch in METER_PATCHES if patch not in live)
+            self._session.undo.append(applied.revert)
         if self._session.schedule is None:
             return layers
         meter = ScheduleMeter(layers, self._session.schedule.queue)

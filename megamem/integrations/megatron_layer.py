@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from megamem.errors import UnsupportedError
 from megamem.integrations import compat, transformer_engine
+from megamem.integrations.tiled_mlp import PATH as TILED
 from megamem.ir.activation import ANCHORS
 from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, PutTogether
 
@@ -30,14 +31,22 @@ class MegatronLayer(AbstractLayer):
 
     Tokens are dimension 0 of hidden states [s, b, h]. Under sequence parallelism s counts this rank's shard, and what
     column-parallel layers return holds the shards of all tensor-parallel ranks one behind the other.
+
+    Nobody looks into an MLP that is `tiled`: it keeps what it needs itself.
     """
 
-    def __init__(self, module: Module, around: Callable[[Module], AbstractContextManager[None]] | None = None) -> None:
+    def __init__(
+        self,
+        module: Module,
+        around: Callable[[Module], AbstractContextManager[None]] | None = None,
+        *,
+        tiled: bool = False,
+    ) -> None:
         """`around`: what has to surround the layer's replays, because something surrounds it while it runs."""
-        self._around = around
+        self._around, self._tiled = around, tiled
         self._reference = weakref.ref(module)  # whoever knows a layer by its module must not keep the module alive
         self._experts = "mlp" if compat.is_moe_layer(module) else None
-        self._parts = dict(_parts(module, self._experts))
+        self._parts = dict(_parts(module, self._experts or (TILED if tiled else None)))
         self._anchors = {name: path for name, path in _ANCHORS.items() if path in self._parts}
         self._blocks = _token_blocks(module.config)
         self._names = _arguments(module)
@@ -67,6 +76,10 @@ class MegatronLayer(AbstractLayer):
     @property
     def experts(self) -> str | None:
         return self._experts
+
+    def saver(self, path: str) -> str:
+        # Tiles save the input of their first linear layer.
+        return _ANCHORS["fc1"] if self._tiled and path == TILED else path
 
     @property
     def token_blocks(self) -> int:
@@ -131,15 +144,8 @@ class MegatronLayer(AbstractLayer):
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        messages = compat.nvtx_messages()
-        depth = len(messages)
-        try:
-            with nullcontext() if self._around is None else self._around(self._module):
-                yield
-        finally:
-            while len(messages) > depth:
-                messages.pop()
-                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        with compat.balanced_ranges(), nullcontext() if self._around is None else self._around(self._module):
+            yield
 
     def _named(self, args: Args, kwargs: Kwargs) -> Kwargs:
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -166,11 +172,11 @@ def _arguments(layer: Any) -> list[str]:
     return list(inspect.signature(layer._forward_attention).parameters)
 
 
-def _parts(layer: Module, experts: str | None) -> Iterator[tuple[str, Module]]:
-    """The submodules worth watching: two levels of them, and nothing inside the experts."""
+def _parts(layer: Module, closed: str | None) -> Iterator[tuple[str, Module]]:
+    """The submodules worth watching: two levels of them, and nothing inside the one that is closed."""
     for path, module in layer.named_modules():
-        inside_experts = experts is not None and path.startswith(experts + ".")
-        if path and path.count(".") < _DEPTH and not inside_experts and not _is_identity(module):
+        inside = closed is not None and path.startswith(closed + ".")
+        if path and path.count(".") < _DEPTH and not inside and not _is_identity(module):
             yield path, module
 
 

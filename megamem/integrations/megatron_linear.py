@@ -49,7 +49,7 @@ class SplitLinears:
         """`function.apply(*arguments)`, split if a list is open and the weight allows it."""
         tasks = self._queue.current
         if tasks is None or not self._can_split(arguments):
-            return function.apply(*arguments)  # type: ignore[no-any-return]
+            return run_whole(function, arguments)
         source, weight, *rest = arguments
         sink = _Sink(self._queue, tasks, weight, arguments)
         return _apart(function).apply(sink, source, weight.detach(), *rest)  # type: ignore[no-any-return]
@@ -87,6 +87,20 @@ def users_of_parameters(chunks: Iterable[Module]) -> dict[Parameter, list[tuple[
             for parameter in module.parameters(recurse=False):
                 users.setdefault(parameter, []).append((path, module))
     return users
+
+
+def run_whole(function: Any, arguments: tuple[Any, ...]) -> Tensor:
+    """`function.apply(*arguments)`, whose backward pass gets the weight that it was called with.
+
+    What comes out of `ctx.saved_tensors` under saved-tensor hooks is another tensor with the same memory. Megatron's
+    function then adds to `main_grad`, but finds no `grad_added_to_main_grad` to set and returns no gradient, so that
+    the hook of DDP which starts the reduction of a bucket does not run.
+    """
+    _, weight, _, fused, *_ = arguments
+    is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if fused and is_hooked and weight.is_leaf and torch.is_grad_enabled():
+        function = _knowing(function)
+    return function.apply(*arguments)  # type: ignore[no-any-return]
 
 
 class _Sink:
@@ -138,18 +152,43 @@ def accumulated(weight: Any) -> Tensor | None:
     return make(weight.detach())
 
 
-class _InputGradientOnly:
-    """What Megatron's backward pass reads of its context, with the weight gradient left out."""
+class _Context:
+    """What Megatron's backward pass reads of its context, with other saved tensors."""
 
-    def __init__(self, context: Any, saved: tuple[Tensor, Tensor], seen: list[Tensor]) -> None:
+    def __init__(self, context: Any, saved: tuple[Tensor, Tensor]) -> None:
         self._context = context
         self.saved_tensors = saved
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class _InputGradientOnly(_Context):
+    """The same, with the weight gradient left out."""
+
+    def __init__(self, context: Any, saved: tuple[Tensor, Tensor], seen: list[Tensor]) -> None:
+        super().__init__(context, saved)
         self.grad_output_buffer, self.wgrad_deferral_limit = seen, 0
         self.gradient_accumulation_fusion, self.main_grad = True, None  # the branch that makes no gradient itself
         self.use_bias = False  # it would add up one dimension of three
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+
+@cache
+def _knowing(function: Any) -> Any:
+    """Megatron's autograd function, which does not take its weight out of the saved tensors."""
+
+    class LinearThatKnowsItsWeight(function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, source: Tensor, weight: Tensor, *rest: Any) -> Any:
+            ctx.parameter = weight
+            return function.forward(ctx, source, weight, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:
+            source, _ = ctx.saved_tensors
+            return function.backward(_Context(ctx, (source, ctx.parameter)), grad_output)
+
+    return LinearThatKnowsItsWeight
 
 
 @cache

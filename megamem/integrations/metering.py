@@ -14,6 +14,7 @@ import torch
 from torch.nn import Module
 
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
+from megamem.integrations.megatron_linear import run_whole
 from megamem.ir.schedule import Action
 from megamem.patches import GROUPS
 from megamem.patches.registry import apply
@@ -29,6 +30,9 @@ class Meter(Protocol):
     @property
     def peak_bytes(self) -> int:
         """The most device memory held for backward passes at any time so far."""
+
+
+METER_PATCHES = (*GROUPS["activations.layers"], *GROUPS["activations.linears"])
 
 
 @final
@@ -50,7 +54,7 @@ class MeterSession(AbstractSession):
         return self._meter.run(known.parameter_storages(), UnpatchedForward(forward, layer), args, kwargs)
 
     def run_linear(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        return function.apply(*arguments)
+        return run_whole(function, arguments)
 
     def run_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return step(*args, **kwargs)
@@ -60,7 +64,7 @@ class MeterSession(AbstractSession):
 def measured_activations() -> Iterator[ActivationMeter]:
     """Count, in stock Megatron-Core, what transformer layers hold for their backward passes while the block runs."""
     meter = ActivationMeter()
-    with apply(patch.bound(MeterSession(meter)) for patch in GROUPS["activations.layers"]):
+    with apply(patch.bound(MeterSession(meter)) for patch in METER_PATCHES):
         yield meter
 
 

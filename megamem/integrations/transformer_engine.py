@@ -82,9 +82,12 @@ class DelayedLinears:
     hooks of the parameter (Megatron's DDP) in B, when there is no gradient yet.
 
     Put off is what Transformer Engine keeps for the product: under sequence parallelism the gathered input.
+
+    `left_out(chunks)`: ids of modules that are not to be taken over (an MLP in tiles gives back what W would need).
     """
 
     def __init__(self, queue: WeightQueue) -> None:
+        self.left_out: Callable[[Sequence[Module]], set[int]] = lambda chunks: set()
         self._queue = queue
         self._layers: list[_Layer] = []
         self.problems: list[str] = []  # why layers of Transformer Engine cannot be split, each reason once
@@ -102,7 +105,7 @@ class DelayedLinears:
 
         users = users_of_parameters(chunks)
         self._layers = [layer for layer in self._layers if layer.is_alive]
-        known = {id(layer.module) for layer in self._layers}
+        known = {id(layer.module) for layer in self._layers} | self.left_out(chunks)
         count = 0
         for index, chunk in enumerate(chunks):
             for module in chunk.modules():

@@ -70,6 +70,16 @@ class AbstractPlacement(ABC):
         """Sum the gradients of tied embedding and output weights. False where the chunks are not placed by this."""
 
 
+class AbstractTiles(ABC):
+    """How MLPs run, if not on all tokens at once."""
+
+    @abstractmethod
+    def run_mlp(
+        self, module: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an MLP's `forward`."""
+
+
 class AbstractLoss(ABC):
     """How losses of language models are computed, if not from their logits."""
 

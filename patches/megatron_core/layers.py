@@ -24,9 +24,11 @@ PATCHES = (
         target="megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",
         build=_through_session,
         why="A linear layer's weight gradient must be computable apart from its input gradient, without Transformer "
-        "Engine too; Megatron-Core's own switch for that (delay_wgrad_compute) does nothing here.",
+        "Engine too (Megatron-Core's own switch for that, delay_wgrad_compute, does nothing here); and its backward "
+        "pass must see the weight itself, which saved-tensor hooks do not give back.",
         supports="megatron-core>=0.15.3,<0.20",
-        remove_when="ColumnParallelLinear.backward_dw and RowParallelLinear.backward_dw compute the weight gradient.",
+        remove_when="ColumnParallelLinear.backward_dw and RowParallelLinear.backward_dw compute the weight gradient, "
+        "and the function keeps its weight on its context.",
         source_sha=frozenset({"a2f6825a10f3", "992a389e92bb", "9ffc0bd1a944"}),
     ),
 )

@@ -25,6 +25,7 @@ Fields = dict[str, Any]
 LLAMA: Fields = {"layers": 4, "activation": "swiglu", "norm": "RMSNorm", "bias": False, "kv_groups": 2}
 GPT: Fields = {"layers": 4, "activation": "gelu", "norm": "LayerNorm", "bias": True}
 OVERLAP: Fields = {"ddp": {"overlap_grad_reduce": True}}
+SWAP: Fields = {"policy": "memo", "keep_last_layers": 0}
 FUSED: Fields = {"gradient_accumulation_fusion": True}
 
 
@@ -95,6 +96,29 @@ def split(fields: Fields, options: Fields, name: str) -> Fields:
     found["layers"] = len(modules)
     found["stores"] = sorted({type(module.wgrad_store).__name__ for module in modules})
     found["hidden"] = sum("weight" in vars(module) for module in modules)
+    return found
+
+
+def tiled(fields: Fields, options: Fields, sections: Fields) -> Fields:
+    """Stock Megatron against MLPs in one tile and in three: what differs, and by how much."""
+    from megatron.core.tensor_parallel import layers
+
+    from megamem.testing import pipeline
+    from megamem.testing.parity import relative_error
+
+    found: Fields = {}
+    with (
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", FusedOnCpu, create=True),
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+    ):
+        case = make_case(fields, options)
+        stock = pipeline.train_pipeline(case)
+        for tiles in (1, 3):
+            schedule = sections.get("schedule")
+            others = {key: value for key, value in sections.items() if key != "schedule"}
+            ours = pipeline.train_pipeline(case, schedule, config={**others, "mlp": {"tiles": tiles}})
+            errors = [relative_error(ours.gradients[key], right) for key, right in stock.gradients.items()]
+            found[str(tiles)] = {"differences": ours.differences(stock), "error": max(errors)}
     return found
 
 
@@ -237,6 +261,11 @@ CASES: dict[str, tuple[int, Callable[..., Fields], tuple[Any, ...]]] = {
     "fp8 weights": (1, swap, ({**LLAMA, **LONG, **fp8("tensorwise", fp8_param=True)}, WHOLE)),
     "fp8 weights apart": (2, refused, ({**LLAMA, "pp": 2, **fp8("tensorwise", fp8_param=True)}, "zb-h1", "", None)),
     "inside the other offload": (1, inside_offload, ({**LLAMA, **LONG},)),
+    "tiles": (1, tiled, (LLAMA, {}, {})),
+    "tiles, swapped": (1, tiled, (GPT, {}, {"activations": SWAP})),
+    "tiles, recomputed": (1, tiled, (LLAMA, {}, {"activations": {"policy": "recompute"}})),
+    "tiles, fused accumulation": (2, tiled, ({**GPT, "config": FUSED}, OVERLAP, {"activations": SWAP})),
+    "tiles, split": (2, tiled, ({**LLAMA, "pp": 2}, {}, {"schedule": {"name": "zb-h1"}})),
     "tp_comm_overlap": (2, refused, ({**LLAMA, "pp": 2}, "zb-h1", "ub_bulk_wgrad", True)),
 }
 

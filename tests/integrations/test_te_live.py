@@ -23,6 +23,7 @@ from te_sources import FETCHER, sources
 pytestmark = pytest.mark.megatron
 
 OLDEST, NEWEST = FETCHER.VERSIONS[0], FETCHER.VERSIONS[-1]
+TILES = ["tiles", "tiles, swapped", "tiles, recomputed", "tiles, fused accumulation", "tiles, split"]
 SPLIT = ["overlapped reduction", "experts", "fp8 tensorwise", "fused accumulation"]
 SWAPPED = ["swapped fp8 tensorwise", "fp8 out of attention", "fp8 weights", "a marked buffer"]
 REFUSED = {
@@ -34,7 +35,7 @@ WHOLE = "whole backward passes"
 NEW_SPLIT = [*SPLIT, "llama", "chunks", "fp8 delayed"]
 NEW_SWAPPED = [*SWAPPED, "swapped", "half rebuilt", "rebuilt", "swapped fp8 delayed"]
 SHARED = ["fp8 outputs rebuilt", "fp8 outputs rebuilt, delayed"]
-CASES = {NEWEST: [*NEW_SPLIT, WHOLE, *NEW_SWAPPED, *SHARED, *REFUSED], OLDEST: [*SPLIT, *SWAPPED, *SHARED]}
+CASES = {NEWEST: [*NEW_SPLIT, *TILES, WHOLE, *NEW_SWAPPED, *SHARED, *REFUSED], OLDEST: [*SPLIT, *SWAPPED, *SHARED]}
 NEVER_SPLIT = ("word_embeddings", "router")  # looked up, or multiplied by Megatron itself
 
 
@@ -121,6 +122,13 @@ def test_outputs_that_are_made_again_are_not_kept_in_fp8_instead(found: Found, v
 def test_what_does_not_go_together_is_named(found: Found, name: str) -> None:
     for rank in look(found, NEWEST, name):
         assert REFUSED[name] in rank["error"]
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_mlps_in_tiles(found: Found, name: str) -> None:
+    for rank in look(found, NEWEST, name):
+        assert rank["1"]["differences"] == []
+        assert rank["3"]["error"] < 2e-6  # matrix products over fewer rows
 
 
 @pytest.mark.slow

@@ -17,7 +17,12 @@ from megamem.runtime.activations.signature import Signature, survey  # noqa: E40
 
 TOKENS = 16
 LAYER: Any = SimpleNamespace(
-    number=1, attention=None, experts=None, parameter_storages=frozenset, must_stay=lambda tensor: False
+    number=1,
+    attention=None,
+    experts=None,
+    parameter_storages=frozenset,
+    must_stay=lambda tensor: False,
+    saver=str,
 )
 CAPTURE: Any = SimpleNamespace(layer=LAYER, output=lambda path: None)
 

@@ -34,6 +34,7 @@ from megamem.runtime.activations.order import BackwardOrder
 from megamem.runtime.activations.parcels import Courier
 from megamem.runtime.activations.recipe import Room, Situation, make_recipe
 from megamem.runtime.activations.run import LayerRun
+from megamem.runtime.activations.shelf import Manifests, TileShelf, fate_of_tiles
 from megamem.runtime.activations.signature import Signature, check_replayable, learn, own_region, survey
 from megamem.runtime.activations.stats import ActivationStats
 from megamem.runtime.activations.streams import AbstractDevice
@@ -49,10 +50,11 @@ Shape = tuple[torch.Size, torch.dtype, bool]
 class _Known:
     """What is known of one layer."""
 
-    __slots__ = ("answered", "signatures", "untouched_nbytes")
+    __slots__ = ("answered", "signatures", "tile_manifests", "untouched_nbytes")
 
     def __init__(self, layer: AbstractLayer, rule: LayerRule) -> None:
         self.signatures: dict[Shape, Signature] = {}
+        self.tile_manifests: Manifests = {}
         self.untouched_nbytes: dict[Shape, int] = {}
         # The parts whose results, or whose input, a run has to know once the layer is learned.
         paths = [layer.attention, layer.experts]
@@ -84,6 +86,7 @@ class ActivationEngine:
         # By the layer, not by its number: multi-token prediction counts its layers anew. Weakly: models come and go.
         self._known: weakref.WeakKeyDictionary[AbstractLayer, _Known] = weakref.WeakKeyDictionary()
         self._last: tuple[weakref.ref[Tensor], weakref.ref[LayerRun]] | None = None
+        self._running: LayerRun | None = None  # the layer whose forward pass is being captured
         self.mark: Hashable | None = None  # layers that run forward from now on are fetched together (fetch_marked)
         self._marked: dict[Hashable, list[weakref.ref[LayerRun]]] = {}
         self._has_warned_of_room = False
@@ -151,7 +154,11 @@ class ActivationEngine:
         shape = hidden.shape, hidden.dtype, hidden.requires_grad
         signature = known.signatures.get(shape)
         capture = Capture(layer, None if signature is None else known.answered)
-        result = capture.run(call, args, kwargs)
+        self._running = run
+        try:
+            result = capture.run(call, args, kwargs)
+        finally:
+            self._running = None
         handles, routed = capture.split()
         if signature is None:
             signature = self._learn(capture, handles, hidden, args, kwargs, call, rule)
@@ -164,6 +171,8 @@ class ActivationEngine:
             del known.signatures[shape]
             self._leave_alone(layer, capture.handles)
         capture.forget()
+        if run.shelf is not None:
+            run.kept_nbytes += run.shelf.kept_nbytes
         self.stats.kept_nbytes += run.kept_nbytes
         self.stats.retained.add(run.kept_nbytes)
         return result
@@ -276,6 +285,19 @@ class ActivationEngine:
                 self.courier.arena.capacity >> 20,
                 room,
             )
+
+    def shelf(self, path: str) -> TileShelf | None:
+        """Where the module at `path`, which runs in tiles, stores what they keep; None if no layer is being captured:
+        the plan leaves it alone."""
+        run = self._running
+        if run is None:
+            return None
+        rule, number = self.plan.rule(run.layer.number), run.layer.number
+        manifests = self._known[run.layer].tile_manifests
+        run.shelf = TileShelf(
+            self, fate_of_tiles(rule, path), manifests, lambda: self._warn_of_room(number, "tiles of the MLP")
+        )
+        return run.shelf
 
     # -- order -----------------------------------------------------------------------------------------------------
 

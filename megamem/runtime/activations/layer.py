@@ -50,6 +50,10 @@ class AbstractLayer(ABC):
     def experts(self) -> str | None:
         """Path of the expert part of an MoE layer: never replayed."""
 
+    def saver(self, path: str) -> str:
+        """By which path a plan knows what the part at `path` saves, where a part does its submodules' work itself."""
+        return path
+
     @property
     @abstractmethod
     def token_blocks(self) -> int:
@@ -111,11 +115,10 @@ class AbstractLayer(ABC):
     def replaying(self) -> AbstractContextManager[None]:
         """Entered around every replay: undoes what an interrupted call leaves behind in the trainer."""
 
-    @contextmanager
-    def watched(self, on_call: PartCall, paths: Collection[str]) -> Iterator[None]:
+    def watched(self, on_call: PartCall, paths: Collection[str]) -> AbstractContextManager[None]:
         """While the block runs, calls of the parts in `paths` become `on_call(path, original, args, kwargs)`."""
-        with watching({path: self.parts[path] for path in paths}, on_call):
-            yield
+        parts = self.parts
+        return watching({path: parts[path] for path in paths}, on_call)
 
 
 @contextmanager

@@ -41,12 +41,12 @@ class BackwardOrder:
         """The run whose backward pass is expected after that of `run`, or one further on if it has nothing to fetch."""
         self._note(run)
         later = run.previous
-        while later is not None and not later.parcels:
+        while later is not None and not later.has_parcels:
             later = later.previous
         if later is not None:
             return [later]
         tail = self._expected_segment()
-        while tail is not None and not tail.parcels:
+        while tail is not None and not tail.has_parcels:
             tail = tail.previous
         return [] if tail is None else [tail]
 

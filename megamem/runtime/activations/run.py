@@ -26,6 +26,7 @@ from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, with_
 from megamem.runtime.activations.parcels import Manifest, Parcel
 from megamem.runtime.activations.recipe import AnchorPlan, Load, PiecePlan, Recipe, Segment
 from megamem.runtime.activations.replay import Replay
+from megamem.runtime.activations.shelf import TileShelf
 from megamem.runtime.activations.signature import Signature, Source
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class LayerRun:
     __slots__ = (
         "__weakref__", "anchors", "answers", "args", "base", "base_geometries", "call", "check_base", "engine",
         "entries", "expert_entries", "expert_parcel", "has_begun", "is_back", "kept_nbytes", "kwargs", "layer",
-        "parcels", "previous", "random_states", "recipe", "requires_grad", "resident", "segment", "signature", "tokens",
+        "parcels", "previous", "random_states", "recipe", "requires_grad", "resident", "segment", "shelf",
+        "signature", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -79,11 +81,17 @@ class LayerRun:
         self.has_begun = self.is_back = False
         self.kept_nbytes = 0
         self.segment = 0  # see `BackwardOrder`
+        self.shelf: TileShelf | None = None  # of an MLP that runs in tiles
 
     @property
     def is_away(self) -> bool:
         """Whether anything has to come back before the layer's backward pass."""
         return bool(self.entries or self.expert_entries)
+
+    @property
+    def has_parcels(self) -> bool:
+        """Whether something of it is in host memory, or was when nothing of it was back."""
+        return bool(self.parcels) or (self.shelf is not None and self.shelf.has_parcels)
 
     @property
     def away_nbytes(self) -> int:
@@ -210,6 +218,8 @@ class LayerRun:
         """Start to bring back what is in host memory, and what the layer's input will be rebuilt from."""
         for parcel, _ in self.parcels:
             self.engine.courier.fetch(parcel)
+        if self.shelf is not None:
+            self.shelf.fetch()
         if self.expert_parcel is not None and self.engine.expert_courier is not None:
             self.engine.expert_courier.fetch(self.expert_parcel)
         run: LayerRun | None = self

@@ -160,7 +160,7 @@ def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signa
             index = by_region.get(region)
             if index is None:
                 index = by_region[region] = len(signature.entries)
-                name = names.get(region) or handle.path or SAVED
+                name = names.get(region) or layer.saver(handle.path) or SAVED
                 signature.entries.append(EntrySpec(name, [], region.numel, region.dtype, dims=region.dims))
             packs = signature.entries[index].packs
             packs.append(position)

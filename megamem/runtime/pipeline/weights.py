@@ -15,7 +15,8 @@ backward pass, as autograd does, and go through the door together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,15 @@ class WeightQueue:
     def stop(self) -> None:
         """Linear layers that run from now on compute all gradients at once, as autograd does."""
         self.current = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the block runs, as after `stop`."""
+        before, self.current = self.current, None
+        try:
+            yield
+        finally:
+            self.current = before
 
     def put(self, tasks: list[WeightTask], task: WeightTask) -> None:
         """Add a task to the list that was current when the layer ran forward."""

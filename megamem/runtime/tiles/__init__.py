@@ -1,0 +1,1 @@
+"""Modules that run one tile of their tokens at a time."""
