@@ -137,7 +137,7 @@ CONFLICTS: dict[str, tuple[Fields, Fields, str]] = {  # TransformerConfig attrib
 def conflicts() -> dict[str, Any]:
     """Set each on the configuration of a real layer: several cannot be built without a GPU or Transformer Engine."""
     from megamem.config import load_config
-    from megamem.integrations.megatron_core import check_layer
+    from megamem.integrations.layer_check import check_layer
     from megamem.testing.models import build_gpt
 
     (chunk,) = build_gpt(start_case(ddp=False))
