@@ -341,8 +341,9 @@ class LowPrecision(Section):
         Choice(("off", "rebuild", "mlp", "all")),
         "off",
         "rebuild: outputs of norms and activation functions are not kept, but made again in the backward pass, from "
-        "the same inputs. mlp: besides, inputs of activation functions (the output of fc1) are kept in 8 bits. all: "
-        "inputs of norms too. The forward pass is exact; gradients carry the error of the 8 bits.",
+        "the same inputs; values of attention hold no more than themselves. mlp: besides, inputs of activation "
+        "functions (the output of fc1) are kept in 8 bits. all: inputs of norms too. The forward pass is exact; "
+        "gradients carry the error of the 8 bits.",
     )
     format: Literal["e4m3", "int8", "e5m2"] = option(
         Choice(("e4m3", "int8", "e5m2")),

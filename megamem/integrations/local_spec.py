@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamem.errors import UnsupportedError
+from megamem.kernels.norm import normalise
 
 _REMEDY = (
     "use the Transformer Engine layer spec for it (pip install 'megamem[te]', --transformer-impl transformer_engine)"
@@ -139,33 +140,6 @@ class FlashAttention(MegatronModule):  # type: ignore[misc]  # Megatron is untyp
         return allowed, False
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm that saves its input, its weight and one number a token.
-
-    PyTorch fuses `rms_norm` only on GPUs and from 2.9 on; elsewhere it is a chain of elementwise
-    operations that saves up to three tensors of the input's size, in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Normalise the last dimension, in fp32."""
-        wide = x.float()
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd * weight.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """With xhat = x * rstd and g = dy * w: dx = rstd * (g - xhat * mean(g * xhat)), dw = sum(dy * xhat)."""
-        x, weight, rstd = ctx.saved_tensors
-        dy = grads[0].float()
-        xhat = x.float() * rstd
-        dw = (dy * xhat).flatten(0, -2).sum(0).to(weight.dtype)
-        g = dy * weight.float()
-        dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
-        return dx.to(x.dtype), dw, None
-
-
 _TORCH_FUSES_RMS_NORM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
@@ -201,7 +175,8 @@ class Norm(torch.nn.Module):
             return F.layer_norm(x, self.hidden_size, weight, self.bias, self.eps)
         if x.is_cuda and _TORCH_FUSES_RMS_NORM:
             return F.rms_norm(x, self.hidden_size, weight, self.eps)
-        return _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+        # Elsewhere PyTorch's is a chain of element-wise operations that saves up to three tensors of x's size, in fp32.
+        return normalise(x, weight, eps=self.eps)
 
 
 def _layer(config: TransformerConfig, num_experts: int | None, flash_attention: bool) -> ModuleSpec:
