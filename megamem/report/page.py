@@ -15,7 +15,7 @@ from pathlib import Path
 from megamem.ir.plan import Plan, Prediction
 from megamem.report.charts import amount, duration, memory_bars, memory_over_time, time_bar, trade_off, words
 from megamem.report.schedule_svg import Picture, render_svg
-from megamem.report.what_if import Cell, WhatIf
+from megamem.ir.what_if import Cell, WhatIf
 
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -264,16 +264,19 @@ def _slider(name: str, label: str, count: int, at: int, value: str) -> str:
 
 def _cell_texts(cell: Cell) -> dict[str, str | bool]:
     """What the page says of a cell, by the ids of the places."""
-    return {
+    found: dict[str, str | bool] = {
         "fits": cell.fits,
         "fit": "It fits." if cell.fits else "It does not fit.",
         "choice": cell.choice,
+    }
+    numbers = {
         "peak": amount(cell.peak_memory),
         "step": duration(cell.step_seconds),
         "rate": f"{cell.tokens_per_second_per_gpu:,.0f}",
         "mfu": f"{100 * cell.mfu:.1f} %",
         "needs": amount(cell.host_memory),
     }
+    return found | (numbers if cell.fits else dict.fromkeys(numbers, "\u2013"))
 
 
 def _trade_off(predicted: Prediction) -> Iterator[str]:

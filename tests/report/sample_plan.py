@@ -16,7 +16,7 @@ from megamem.planner.hardware import load_hardware
 from megamem.planner.models.presets import load_model
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
-from megamem.report.what_if import Cell, WhatIf
+from megamem.ir.what_if import Cell, WhatIf
 
 RANKS, MICROBATCHES, SEQUENCE = 4, 8, 32768
 SETTINGS = {

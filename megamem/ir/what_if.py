@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Cell:
     """A plan at one sequence length with one amount of host memory per rank.
 
-    fits:          whether there is one; the other fields are of the nearest that does not fit
+    fits:          whether there is one; without, the numbers say nothing, and `choice` what is short
     step_seconds:  of a step; the global batch stays what it is, in sequences
     peak_memory, host_memory:  bytes, of the rank that needs most
     tokens_per_second_per_gpu:  throughput
@@ -23,11 +23,11 @@ class Cell:
     """
 
     fits: bool
-    step_seconds: float
-    peak_memory: int
-    host_memory: int
-    tokens_per_second_per_gpu: float
-    mfu: float
+    step_seconds: float = 0.0
+    peak_memory: int = 0
+    host_memory: int = 0
+    tokens_per_second_per_gpu: float = 0.0
+    mfu: float = 0.0
     choice: str = ""
 
 
