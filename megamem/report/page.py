@@ -13,9 +13,9 @@ from html import escape
 from pathlib import Path
 
 from megamem.ir.plan import Plan, Prediction
+from megamem.ir.what_if import Cell, WhatIf
 from megamem.report.charts import amount, duration, memory_bars, memory_over_time, time_bar, trade_off, words
 from megamem.report.schedule_svg import Picture, render_svg
-from megamem.ir.what_if import Cell, WhatIf
 
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -10,13 +10,13 @@ from megamem.config import Config, load_config
 from megamem.ir.job import Job, Layout
 from megamem.ir.plan import Alternative, Decision, MadeFor, Plan, Prediction, Span, Utilization, digest
 from megamem.ir.schedule import Schedule
+from megamem.ir.what_if import Cell, WhatIf
 from megamem.planner.activations import plan_activations
 from megamem.planner.evaluation import Model, Priced, Setup
 from megamem.planner.hardware import load_hardware
 from megamem.planner.models.presets import load_model
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
-from megamem.ir.what_if import Cell, WhatIf
 
 RANKS, MICROBATCHES, SEQUENCE = 4, 8, 32768
 SETTINGS = {
