@@ -260,15 +260,19 @@ def time_bar(prediction: Prediction) -> str:
 
 
 def trade_off(prediction: Prediction, limit: int) -> str:
-    """Peak memory against step time: the Pareto front as a line, what lost as circles, the plan as a filled one."""
-    points = [*prediction.front, *prediction.alternatives]
+    """Peak memory against step time: the Pareto front as a line, what lost as circles, the plan as a filled one.
+
+    What has no memory or no time, because it was only estimated or cannot be, is in no place.
+    """
+    points = [one for one in (*prediction.front, *prediction.alternatives) if one.peak_memory and one.step_seconds]
     chosen = Alternative(
         name="the plan", step_seconds=prediction.step_seconds, peak_memory=prediction.peak_memory, fits=True, verdict=""
     )
     most = max([*(one.peak_memory for one in points), chosen.peak_memory, 1]) * 1.08
     times = [*(one.step_seconds for one in points), chosen.step_seconds]
     high, top = 260.0, 24.0
-    across = Axis(max(most, limit * 1.02), _LEFT, _WIDTH)
+    # What is far out would press all the rest together; it stands at the edge, and says where it belongs.
+    across = Axis(max(min(most, 1.6 * limit) if limit else most, limit * 1.02), _LEFT, _WIDTH)
     up = Axis(max(times) * 1.04, top + high, -high, least=min(times) * 0.9)
     parts = [f"<path d='M{_LEFT} {top}v{high}h{_WIDTH}' stroke='black' fill='none'/>", *_amounts(across, top + high)]
     for value in up.ticks(5):
@@ -280,7 +284,7 @@ def trade_off(prediction: Prediction, limit: int) -> str:
         parts.append(_line(across(limit), top, high, f"limit {amount(limit)}"))
         parts.append(text(across(limit) + 5, top + 12, "limit", size=11))
     front = sorted(prediction.front, key=lambda one: one.peak_memory)
-    path = "L".join(f"{across(one.peak_memory):.1f} {up(one.step_seconds):.1f}" for one in front)
+    path = "L".join(f"{across(min(one.peak_memory, across.most)):.1f} {up(one.step_seconds):.1f}" for one in front)
     if path:
         parts.append(f"<path class='front' d='M{path}' stroke='#0072b2' fill='none'/>")
     for one in points:
@@ -296,7 +300,8 @@ def _point(one: Alternative, across: Axis, up: Axis, edge: str, fill: str, radiu
     if one.verdict:
         says += f". {one.verdict}"
     dashes = "" if one.fits else " stroke-dasharray='2 2'"
+    x, y = across(min(one.peak_memory, across.most)), up(one.step_seconds)
     return (
-        f"<circle class='point' cx='{across(one.peak_memory):.1f}' cy='{up(one.step_seconds):.1f}' r='{radius}' "
+        f"<circle class='point' cx='{x:.1f}' cy='{y:.1f}' r='{radius}' "
         f"stroke='{edge}' stroke-width='1.5' fill='{fill}'{dashes}><title>{escape(says)}</title></circle>"
     )

@@ -17,6 +17,7 @@ from megamem.ir.what_if import Cell, WhatIf
 from megamem.report.charts import amount, duration, memory_bars, memory_over_time, time_bar, trade_off, words
 from megamem.report.schedule_svg import Picture, render_svg
 
+_NOTHING = "\u2013"
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -276,7 +277,7 @@ def _cell_texts(cell: Cell) -> dict[str, str | bool]:
         "mfu": f"{100 * cell.mfu:.1f} %",
         "needs": amount(cell.host_memory),
     }
-    return found | (numbers if cell.fits else dict.fromkeys(numbers, "\u2013"))
+    return found | (numbers if cell.fits else dict.fromkeys(numbers, _NOTHING))
 
 
 def _trade_off(predicted: Prediction) -> Iterator[str]:
@@ -289,7 +290,13 @@ def _trade_off(predicted: Prediction) -> Iterator[str]:
     )
     yield f"<div class='scroll'>{trade_off(predicted, _limit(predicted))}</div>"
     rows = [
-        [one.name, duration(one.step_seconds), amount(one.peak_memory), amount(one.host_memory), one.verdict]
+        [
+            one.name,
+            duration(one.step_seconds) if one.step_seconds else _NOTHING,
+            amount(one.peak_memory) if one.peak_memory else _NOTHING,
+            amount(one.host_memory) if one.peak_memory else _NOTHING,
+            one.verdict,
+        ]
         for one in predicted.alternatives
     ]
     if rows:
