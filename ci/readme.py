@@ -54,6 +54,7 @@ def filled(text: str) -> str:
         "schedules": schedules(),
         "options": options_table(),
         "allocator": allocator(),
+        "vocabulary": vocabulary(),
         "figures": figures(),
     }
     for name, content in parts.items():
@@ -155,6 +156,61 @@ def allocator() -> str:
         )
     spread = ", ".join(f"{found['median']:.0f} ns with {live} live blocks" for live, found in core.items())
     return "\n".join([*lines, "", f"* a malloc/free pair in the core: {spread}", *_verdicts(data)]) + "\n"
+
+
+def vocabulary() -> str:
+    """Memory of the output layer, and what vocabulary parallelism is worth in time."""
+    memory, schedules = _read("vocabulary_memory.cpu.json"), _read("vocabulary_schedules.cpu.json")
+    shape = memory["results"]
+    lines = [
+        f"Memory of the output layer with its loss, forward and backward, beside hidden states, weight and main_grad: "
+        f"{shape['tokens']} tokens, h = {shape['hidden']}, V = {shape['vocabulary']}, bf16; every operator traced "
+        f"(`python ci/bench/vocabulary_memory.py`; {_where(memory)}).",
+        "",
+        "| | most at once | kept from forward to backward | largest tensor / (tokens x vocabulary) |",
+        "|---|---|---|---|",
+    ]
+    for name, row in shape["rows"].items():
+        if "4 ranks" in name or "16 ranks" in name:
+            continue
+        lines.append(
+            f"| {_OUTPUT_LAYERS.get(name, name)} | {row['peak_bytes'] / 2**20:,.0f} MiB "
+            f"| {row['kept_bytes'] / 2**20:,.1f} MiB | {row['largest']:.2f} |"
+        )
+    lines += ["", *_verdicts(memory), "", *_speeds(schedules)]
+    return "\n".join(lines) + "\n"
+
+
+_OUTPUT_LAYERS = {
+    "torch": "`F.linear`, `F.cross_entropy`",
+    "Megatron": "Megatron-Core, unfused",
+    "fused": "`vocabulary.fused_loss`",
+}
+
+
+def _speeds(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "Speed, as a share of what the ranks would reach without idle time or recomputation, by size of the vocabulary "
+        "(`python ci/bench/vocabulary_schedules.py`; simulated with the models of arXiv 2411.05288, tables 5 and 6; "
+        "parallel: one barrier, logits made again, and in brackets kept):",
+        "",
+        "| model | schedule | ranks | | 32k | 64k | 128k | 256k |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = data["results"]["rows"]
+    for key in dict.fromkeys((row["model"], row["family"], row["ranks"]) for row in rows if row["published"]):
+        again, kept = (
+            [row for row in rows if (row["model"], row["family"], row["ranks"]) == key and row["recomputed"] == which]
+            for which in (True, False)
+        )
+        stock = " | ".join(f"{row['baseline']['speed']:.2f}" for row in again)
+        ours = " | ".join(
+            f"{one['vocab-2']['speed']:.2f} ({other['vocab-2']['speed']:.2f})"
+            for one, other in zip(again, kept, strict=True)
+        )
+        name = f"{key[0]} | `{key[1]}` | {key[2]}"
+        lines += [f"| {name} | output layer on the last stage | {stock} |", f"| | | | parallel | {ours} |"]
+    return [*lines, "", *_verdicts(data)]
 
 
 def figures() -> str:

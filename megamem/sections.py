@@ -295,6 +295,12 @@ class Vocabulary(Section):
         "activations of one microbatch more than the schedule alone, and tokens x hidden size in fp32 for each that "
         "is between the passes. 2: of two microbatches more.",
     )
+    keep_logits: bool = option(
+        Switch(),
+        False,
+        "With parallel: keep a rank's logits, tokens x vocabulary / ranks in the model's dtype, for each microbatch "
+        "that is between the passes, and make them once: three matrix products instead of four.",
+    )
     loss_chunk: int | Literal["auto"] = option(
         Auto(Count(least=1)),
         "auto",
@@ -323,7 +329,11 @@ class Vocabulary(Section):
         ]
 
 
-_READ_BY: Mapping[str, tuple[str, ...]] = {"barriers": ("parallel",), "loss_chunk": ("fused_loss", "parallel")}
+_READ_BY: Mapping[str, tuple[str, ...]] = {
+    "barriers": ("parallel",),
+    "keep_logits": ("parallel",),
+    "loss_chunk": ("fused_loss", "parallel"),
+}
 """The options of `Vocabulary` that are no switches, and the switches that read them."""
 
 

@@ -12,8 +12,8 @@ the same on every machine, but for `seconds`. Every schedule is checked. A row h
 * `overhead`: iteration time over the work of a rank, recomputation included: what the schedule itself loses
 * `peak`: the most activation memory of a rank, in microbatches of a rank; `extra` over that of the baseline
 
-`recomputed: false` counts three GEMMs per microbatch, as the paper's code, which keeps the softmax; `true` counts four,
-as megamem's, which makes the logits again.
+`recomputed: true` counts four GEMMs per microbatch, as megamem by default, which makes the logits again; `false` counts
+three, as with vocabulary.keep_logits, and as the paper's code, which keeps the softmax. Peaks count what is kept.
 """
 
 from __future__ import annotations
@@ -90,12 +90,20 @@ def workload(model: Model, vocabulary: int) -> Workload:
     )  # fmt: skip
 
 
-def share_of(costs: PipelineCosts, model: Model, barriers: Barriers, recomputed: bool) -> VocabularyCost:
-    """What a rank does of the embeddings. S keeps the numerator in fp32 where it makes the gradient; the paper's code
-    keeps the softmax, which is counted in neither, for the paper's peaks are in microbatches."""
+def share_of(
+    costs: PipelineCosts, model: Model, vocabulary: int, barriers: Barriers, recomputed: bool
+) -> VocabularyCost:
+    """What a rank does of the embeddings, and what S leaves for T.
+
+    The numerator in fp32 where S makes the gradient, and the logits in bf16 where they are not made again.
+    """
     assert costs.vocabulary is not None  # they are sharded
-    numerator = 4.0 * model.sequence * model.hidden if barriers == 1 else 0.0
-    return replace(costs.vocabulary, kept=costs.vocabulary.kept + numerator, recompute=None if recomputed else 0.0)
+    kept = costs.vocabulary.kept
+    if barriers == 1:
+        kept += 4.0 * model.sequence * model.hidden
+    if not recomputed:
+        kept += ELEMENT * model.sequence * vocabulary / model.ranks
+    return replace(costs.vocabulary, kept=kept, recompute=None if recomputed else 0.0)
 
 
 def price(schedule: Schedule, costs: PipelineCosts, model_seconds: float, rank_seconds: float) -> Json:
@@ -124,7 +132,7 @@ def measure(model: Model, microbatches: int, vocabulary: int, recomputed: bool) 
     row: Json = {"baseline": price(base, whole, work, work)}
     sharded = given.costs(base.placement, sharded=True)
     for name, barriers in (("vocab-1", 2), ("vocab-2", 1)):
-        share = share_of(sharded, model, barriers, recomputed)  # type: ignore[arg-type]
+        share = share_of(sharded, model, vocabulary, barriers, recomputed)  # type: ignore[arg-type]
         costs = replace(sharded, vocabulary=share)
         begin = time.process_time()
         schedule = build_schedule(model.family, replace(request, workload=costs, vocabulary=barriers))
@@ -133,6 +141,8 @@ def measure(model: Model, microbatches: int, vocabulary: int, recomputed: bool) 
         executed = microbatches * (sum(stage.total for stage in costs.stages) / model.ranks + passes)
         row[name] = price(schedule, costs, work, executed) | {"seconds": round(seconds, 2)}
         row[name]["extra"] = row[name]["peak"] - row["baseline"]["peak"]
+        microbatch = sum(stage.activation for stage in sharded.stages) / model.ranks
+        row[name]["allowed"] = barriers + (barriers + 1) * share.kept / microbatch
     return row
 
 
@@ -160,26 +170,38 @@ def targets(rows: list[Json]) -> list[Json]:
     names = ("vocab-1", "vocab-2")
 
     def said(row: Json, name: str) -> str:
-        return f"{row['model']} {row['family']} {row['vocabulary'] // 1024}k {name}"
+        gemms = "4 GEMMs" if row["recomputed"] else "3 GEMMs"
+        return f"{row['model']} {row['family']} {row['vocabulary'] // 1024}k {name} {gemms}"
 
-    published = [row for row in rows if not row["recomputed"]]
-    bent = {said(row, name): row[name]["flatness"] for row in published for name in names}
-    gains = min(bent.values(), default=1.0)
-    bent = {where: value for where, value in bent.items() if value > 1.02}
-    full = {said(row, name): row[name]["extra"] for row in rows for name in names}
-    full = {where: value for where, value in full.items() if value > (2.3 if "vocab-1" in where else 1.3)}
+    def grown(recomputed: bool) -> tuple[float, list[str]]:
+        found = {
+            said(row, name): row[name]["flatness"] for row in rows if row["recomputed"] == recomputed for name in names
+        }
+        over = [f"{where}: {value - 1:.1%}" for where, value in found.items() if value > 1.02]
+        return max(found.values(), default=1.0), over
+
+    judged = []
+    for recomputed, how in ((False, "logits kept from S to T"), (True, "logits made again, a fourth GEMM")):
+        most, exceptions = grown(recomputed)
+        judged.append(
+            {
+                "what": f"time per model FLOP grows by at most 2 % from 32k to 256k words, {how}: {most - 1:.1%}",
+                "exceptions": exceptions, "met": not exceptions,
+            }
+        )  # fmt: skip
+    full = {
+        said(row, name): [row[name]["extra"], row[name]["allowed"]]
+        for row in rows for name in names if row[name]["extra"] > row[name]["allowed"] * 1.001
+    }  # fmt: skip
     lost = {
         said(row, "baseline"): [1 / row["baseline"]["flatness"], row["published"]]
-        for row in published if row["published"] is not None
+        for row in rows if row["published"] is not None
     }  # fmt: skip
     off = {where: pair for where, pair in lost.items() if abs(pair[0] / pair[1] - 1) > 0.05}
     return [
+        *judged,
         {
-            "what": "time per model FLOP grows by at most 2 %, counted as in the paper",
-            "least": gains, "exceptions": bent, "met": not bent,
-        },
-        {
-            "what": "peak at most +2 (vocab-1), +1 (vocab-2) microbatches and what S keeps",
+            "what": "peak at most 2 (vocab-1) or 1 (vocab-2) microbatches above the baseline, and what S keeps",
             "exceptions": full, "met": not full,
         },
         {"what": "the baseline loses as published, within 5 %", "exceptions": off, "met": not off},

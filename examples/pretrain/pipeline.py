@@ -32,6 +32,7 @@ def plan_pipeline(args: argparse.Namespace, config: Config) -> list[str]:
             num_chunks=args.virtual_stages,
             num_layers=args.num_layers,
             vocabulary=config.vocabulary.barriers if config.vocabulary.parallel else None,
+            keeps_logits=config.vocabulary.keep_logits,
         )
     except MegamemError as error:
         return f"--megamem-schedule-name {options.name}: {error}".splitlines()

@@ -31,6 +31,7 @@ from .options import LossOptions, TokenOutputs
 from .passes import (
     chunk_columns,
     combine_statistics,
+    empty_logits,
     gradient_coefficients,
     shard_gradient,
     shard_statistics,
@@ -50,6 +51,7 @@ __all__ = [
     "chunk_columns",
     "combine_statistics",
     "default_backend",
+    "empty_logits",
     "empty_statistics",
     "gradient_coefficients",
     "linear_cross_entropy",

@@ -54,6 +54,7 @@ def shard_statistics_and_numerator(
     options: LossOptions,
     *,
     first_word: int = 0,
+    logits_TK: torch.Tensor | None = None,
     backend: Backend | None = None,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +73,11 @@ def shard_statistics_and_numerator(
         coefficients_MT = torch.zeros(3, len(labels_T), dtype=torch.float32, device=hidden_TD.device)
         maximum_T, softmax_T, _ = coefficients_MT
         softmax_T.fill_(1.0)
-        for rows, logits_TC, power_TC in chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=True):
+        parts = chunks(
+            hidden_TD, weight_KD, num_valid, options, chunk,
+            for_gradient=True, kept_TK=logits_TK, overwrites=logits_TK is None,
+        )  # fmt: skip
+        for rows, logits_TC, power_TC in parts:
             first = first_word + rows.start
             matmul_into(logits_TC, *operands_for(hidden_TD, weight_KD[rows].T, logits_TC), accumulate=False)
             operations.add_statistics_(logits_TC, labels_T, statistics_NT, options, first)

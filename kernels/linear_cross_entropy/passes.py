@@ -8,7 +8,8 @@
 
 This is the split of vocabulary parallelism (Yeung et al., arXiv 2411.05288, algorithm 1: S, the barrier, T), with one
 difference: the softmax is not kept from S to T. T multiplies each chunk of the weight anew, one GEMM more, and 4 bytes
-times tokens times vocabulary less. The gradient of a token with respect to its logits l is, for every loss here,
+times tokens times vocabulary less; where half of that memory is there, the logits can be kept (`empty_logits`). The
+gradient of a token with respect to its logits l is, for every loss here,
 
     exp(l - m) (softmax + entropy (l - m)) + label [v is the label] + uniform
 
@@ -64,18 +65,21 @@ def shard_statistics(
     options: LossOptions,
     *,
     first_word: int = 0,
+    logits_TK: torch.Tensor | None = None,
     backend: Backend | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
     """Statistics_NT, fp32, of the logits of one shard, whose row 0 is the word `first_word`. One GEMM over the shard.
 
-    `chunk` is the number of weight rows at a time (None: `chunk_columns`). Not differentiable; issues no collective.
+    `logits_TK` (`empty_logits`) takes the logits, for `shard_gradient`; `chunk` is the number of weight rows at a time
+    (None: `chunk_columns`). Not differentiable; issues no collective.
     """
     operations = row_operations(backend, hidden_TD.device)
     statistics_NT = empty_statistics(len(labels_T), options, hidden_TD.device)
     num_valid = options.num_valid(first_word, len(weight_KD))
     with torch.no_grad(), without_autocast(hidden_TD.device):
-        for rows, logits_TC, _ in chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=False):
+        parts = chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=False, kept_TK=logits_TK)
+        for rows, logits_TC, _ in parts:
             matmul_into(logits_TC, *operands_for(hidden_TD, weight_KD[rows].T, logits_TC), accumulate=False)
             operations.add_statistics_(logits_TC, labels_T, statistics_NT, options, first_word + rows.start)
     return statistics_NT
@@ -176,6 +180,7 @@ def shard_gradient(
     options: LossOptions,
     *,
     first_word: int = 0,
+    logits_TK: torch.Tensor | None = None,
     needs_input_gradient: bool = True,
     weight_gradient_KD: torch.Tensor | None = None,
     accumulate: bool = False,
@@ -186,7 +191,7 @@ def shard_gradient(
 
     The weight gradient is written to `weight_gradient_KD`, or with `accumulate` added to it, unless that is None.
     Padding rows are written as zeros, or left as they are. One GEMM for the logits and one for each gradient; issues
-    no collective.
+    no collective. `logits_TK` holds the logits where the forward pass has kept them, and is overwritten: no GEMM then.
     """
     operations = row_operations(backend, hidden_TD.device)
     num_valid = options.num_valid(first_word, len(weight_KD))
@@ -197,9 +202,11 @@ def shard_gradient(
     with torch.no_grad(), without_autocast(hidden_TD.device):
         if weight_gradient_KD is not None and not accumulate:
             weight_gradient_KD[num_valid:].zero_()
-        for rows, logits_TC, gradient_TC in chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=True):
+        parts = chunks(hidden_TD, weight_KD, num_valid, options, chunk, for_gradient=True, kept_TK=logits_TK)
+        for rows, logits_TC, gradient_TC in parts:
             weight_CD = weight_KD[rows]
-            matmul_into(logits_TC, *operands_for(hidden_TD, weight_CD.T, logits_TC), accumulate=False)
+            if logits_TK is None:
+                matmul_into(logits_TC, *operands_for(hidden_TD, weight_CD.T, logits_TC), accumulate=False)
             first = first_word + rows.start
             operations.replace_by_gradient_(logits_TC, labels_T, coefficients_MT, gradient_TC, options, first)
             if input_gradient_TD is not None:
@@ -207,6 +214,13 @@ def shard_gradient(
             if weight_gradient_KD is not None:
                 matmul_into(weight_gradient_KD[rows], gradient_TC.T, hidden_TD, accumulate=accumulate)
     return input_gradient_TD
+
+
+def empty_logits(hidden_TD: torch.Tensor, weight_KD: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Room for all logits [T, K] of a shard, for those who keep them from S to T: one GEMM of four less."""
+    columns = -(-len(weight_KD) // _ALIGNMENT) * _ALIGNMENT  # rows stay aligned, as in a chunk's buffer
+    dtype = torch.float32 if options.fp32_logits else hidden_TD.dtype
+    return torch.empty(len(hidden_TD), columns, dtype=dtype, device=hidden_TD.device)[:, : len(weight_KD)]
 
 
 def chunks(
@@ -217,17 +231,26 @@ def chunks(
     chunk: int | None,
     *,
     for_gradient: bool,
+    kept_TK: torch.Tensor | None = None,
+    overwrites: bool = True,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """The rows of each chunk, the buffer for its logits and that for their gradient: one object, if dtypes allow."""
+    """The rows of each chunk, the buffer for its logits and that for their gradient: one object, if dtypes allow.
+
+    The logits lie in `kept_TK` where that is given; they may be overwritten by their gradient if `overwrites`.
+    """
     dtype = torch.float32 if options.fp32_logits else hidden_TD.dtype
-    dtypes = [dtype, *([hidden_TD.dtype] if for_gradient and dtype != hidden_TD.dtype else [])]
+    dtypes = [dtype] if kept_TK is None else []
+    if for_gradient and (dtype != hidden_TD.dtype or not overwrites):
+        dtypes.append(hidden_TD.dtype)
     num_tokens = len(hidden_TD)
-    width = chunk or chunk_columns(num_tokens, len(weight_KD), sum(dtype.itemsize for dtype in dtypes))
-    buffers = [torch.empty(num_tokens, min(width, num_valid), dtype=dtype, device=hidden_TD.device) for dtype in dtypes]
+    width = chunk or chunk_columns(num_tokens, len(weight_KD), sum(each.itemsize for each in dtypes or [dtype]))
+    buffers = [torch.empty(num_tokens, min(width, num_valid), dtype=each, device=hidden_TD.device) for each in dtypes]
     for start in range(0, num_valid, width):
         rows = slice(start, min(start + width, num_valid))
         # Narrow the buffer, so that rows stay aligned where the last chunk's width is odd.
         narrowed = [buffer[:, : rows.stop - start] for buffer in buffers]
+        if kept_TK is not None:
+            narrowed.insert(0, kept_TK[:, rows])
         yield rows, narrowed[0], narrowed[-1]
 
 

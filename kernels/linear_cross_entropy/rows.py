@@ -41,6 +41,8 @@ def replace_by_gradient_(
 ) -> None:
     """The gradient with respect to the GEMM's output, written to `gradient_TC`, which may be `logits_TC` itself.
 
+    Else the logits stay as they are.
+
     With l the logits after scale and cap: (exp(l - maximum) (softmax + entropy (l - maximum)) + label [word is label]
     + uniform) dl/dz, the names being the coefficients' rows.
     """
@@ -91,7 +93,8 @@ def _gradient_block(
     first_word: int,
 ) -> None:
     coefficient_T1 = dict(zip(options.coefficients, coefficients_MT.unsqueeze(2).unbind(), strict=True))
-    values_TC = _cap_(logits_TC.float(), options)
+    is_in_place = gradient_TC.data_ptr() == logits_TC.data_ptr()
+    values_TC = _cap_(logits_TC.to(torch.float32, copy=not is_in_place), options)
     slope_TC = None
     if options.softcap is not None:
         slope_TC = torch.square(values_TC / options.softcap).neg_().add_(1.0)

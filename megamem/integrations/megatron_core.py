@@ -48,7 +48,6 @@ from megamem.integrations.switch_on import switch_on_table
 from megamem.integrations.tiled_mlp import TiledMlp
 from megamem.integrations.vocabulary import FusedLoss
 from megamem.integrations.vocabulary_parallel import VocabularyParallel
-from megamem.ir.schedule import Barriers
 from megamem.patches import GROUPS, TRAINER_PLACEMENTS
 from megamem.patches.registry import Applied, Patch, apply
 from megamem.planner.activations import plan_activations
@@ -96,8 +95,8 @@ def enable(
     if loaded.plan is not None:
         check_layout(loaded.plan, parallel_state)
     loaded = _with_schedule(loaded, parallel_state)
-    barriers = _barriers(loaded, parallel_state)
-    planned = plan_ahead(loaded.schedule, barriers) if loaded.schedule.is_on else None  # before the first collective
+    shared = loaded.vocabulary if _shares_vocabulary(loaded, parallel_state) else None
+    planned = plan_ahead(loaded.schedule, shared) if loaded.schedule.is_on else None  # before the first collective
     host_nbytes = _agreed_host_memory(loaded, parallel_state) if loaded.activations.is_on else 0
     session = Session(loaded, host_nbytes, device, planned)
     wanted = dict.fromkeys(patch for name in loaded.enabled for patch in GROUPS[name])  # groups share patches
@@ -133,23 +132,22 @@ def _with_offloads(config: Config) -> Config:
 
 def _with_schedule(config: Config, parallel_state: Any) -> Config:
     """The configuration with a schedule that vocabulary parallelism runs in: Megatron's order, if none is named."""
-    if config.schedule.is_on or _barriers(config, parallel_state) is None:
+    if config.schedule.is_on or not _shares_vocabulary(config, parallel_state):
         return config
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     return replace(config, schedule=default_schedule(chunks))
 
 
-def _barriers(config: Config, parallel_state: Any) -> Barriers | None:
-    """Of vocabulary parallelism; None without, also where there is one pipeline rank, and nothing to share."""
-    is_shared = config.vocabulary.parallel and parallel_state.get_pipeline_model_parallel_world_size() > 1
-    return config.vocabulary.barriers if is_shared else None
+def _shares_vocabulary(config: Config, parallel_state: Any) -> bool:
+    """Whether the embeddings are to lie on several pipeline ranks."""
+    return config.vocabulary.parallel and parallel_state.get_pipeline_model_parallel_world_size() > 1
 
 
 def _vocabulary(config: Config) -> Capability:
     from megatron.core import parallel_state
 
     options = config.vocabulary
-    return FusedLoss(options) if _barriers(config, parallel_state) is None else VocabularyParallel(options)
+    return VocabularyParallel(options) if _shares_vocabulary(config, parallel_state) else FusedLoss(options)
 
 
 def _agreed_host_memory(config: Config, parallel_state: Any) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.nn import Module
 
-from megamem.config import Scheduling
+from megamem.config import Scheduling, Vocabulary
 from megamem.errors import PipelineError, UnsupportedError
 from megamem.integrations import compat
 from megamem.integrations.gradient_sync import check_order
@@ -36,7 +36,7 @@ from megamem.integrations.placement import VPlacement
 from megamem.integrations.step_call import StepCall
 from megamem.integrations.step_plan import StepPlan
 from megamem.integrations.transformer_engine import DelayedLinears
-from megamem.ir.schedule import Action, Barriers, Placement, Schedule, Shape
+from megamem.ir.schedule import Action, Placement, Schedule, Shape
 from megamem.planner.schedules.families import FAMILIES
 from megamem.planner.schedules.forward_order import forward_order
 from megamem.planner.schedules.plan import PlannedSchedule, load_schedule, plan_schedule
@@ -185,6 +185,7 @@ class MegatronSchedule:
                     num_chunks=len(call.chunks),
                     shapes=(shape,),
                     vocabulary=None if self.vocabulary is None else self.vocabulary.barriers,
+                    keeps_logits=self.vocabulary is not None and self.vocabulary.options.keep_logits,
                 )
                 self._refuse_idle_split(planned.schedule)
                 is_tied = self.vocabulary is not None and self.vocabulary.shards.is_tied
@@ -282,10 +283,10 @@ class MegatronSchedule:
             raise PipelineError(first) from error
 
 
-def plan_ahead(options: Scheduling, vocabulary: Barriers | None = None) -> PlannedSchedule | None:
+def plan_ahead(options: Scheduling, shared: Vocabulary | None = None) -> PlannedSchedule | None:
     """The schedule of the steps to come, where the trainer has told Megatron how many microbatches they have.
 
-    vocabulary: barriers, where all ranks share the embeddings
+    shared: how all ranks share the embeddings, if they do
 
     So that what cannot be had is refused before the model is built, and before anything is sent. Raises as
     `plan_schedule`, on every rank alike.
@@ -296,7 +297,12 @@ def plan_ahead(options: Scheduling, vocabulary: Barriers | None = None) -> Plann
         return None
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     return plan_schedule(
-        options, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=chunks, vocabulary=vocabulary
+        options,
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        num_chunks=chunks,
+        vocabulary=None if shared is None else shared.barriers,
+        keeps_logits=shared is not None and shared.keep_logits,
     )
 
 

@@ -202,11 +202,18 @@ class VocabularyParallel(Capability, AbstractLoss):
         self._checked_loss = self._checked_loss or not call.forward_only
         self._ends = VocabularyEnds(call, config, placement, layout.tokens, checks=checks_loss)
         passes = SharedVocabulary(
-            layout, self.shards, self._ends, self._connections,
+            layout,
+            self.shards,
+            self._ends,
+            self._connections,
             LossOptions(vocab_size=self.shards.vocab_size, logit_scale=self._logit_scale),
-            barriers=self.barriers, chunk=self._chunk, order=plan.inputs, trains=not call.forward_only,
+            barriers=self.barriers,
+            chunk=self._chunk,
+            keeps_logits=self.options.keep_logits,
+            order=plan.inputs,
+            trains=not call.forward_only,
             checks=checks_labels,
-        )  # fmt: skip
+        )
         self._num_microbatches += call.num_microbatches
         return self._ends, passes
 

@@ -23,6 +23,7 @@ from megamem.kernels.linear_cross_entropy import (
     LossOptions,
     TokenOutputs,
     combine_statistics,
+    empty_logits,
     empty_statistics,
     gradient_coefficients,
     linear_cross_entropy,
@@ -447,3 +448,32 @@ def test_the_t_pass_alone_leaves_the_input_gradient_out() -> None:
     )  # fmt: skip
     assert found is None
     assert relative(weight_gradient - 1.0, problem.weight_gradient) < FP32
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("barriers", [1, 2])
+def test_logits_that_are_kept_give_the_same_bits(barriers: int, dtype: Any, fp32_logits: bool) -> None:
+    """S leaves them as they are, whatever it makes of them, and T needs no product for them."""
+    options = LossOptions(vocab_size=131, softcap=4.0, z_loss=1e-2, fp32_logits=fp32_logits)
+    problem = Problem(options, rows=133, dtype=dtype)
+    hidden, weight, labels = problem.hidden.detach(), problem.weight.detach(), problem.labels
+    statistics = shard_statistics_and_numerator if barriers == 1 else shard_statistics
+    kept = empty_logits(hidden, weight, options)
+    made = [statistics(hidden, weight, labels, options, chunk=40, logits_TK=logits) for logits in (None, kept)]  # type: ignore[operator]
+    pairs = made if barriers == 1 else [(one,) for one in made]
+    assert all(torch.equal(one, other) for one, other in zip(*pairs, strict=True))
+    assert kept.shape == (48, 133) and kept.stride(0) % 128 == 0
+    assert kept.dtype is (torch.float32 if fp32_logits else dtype)
+    coefficients = gradient_coefficients(pairs[0][0], labels, options, loss_gradient_T=torch.ones(48))
+    found = []
+    for logits in (None, kept):
+        weight_gradient = torch.empty(weight.shape)
+        spoilt = weight if logits is None else torch.full_like(weight, torch.nan)  # only the input gradient needs it
+        gradient = shard_gradient(
+            hidden, spoilt if barriers == 1 else weight, labels, coefficients, options, chunk=40, logits_TK=logits,
+            needs_input_gradient=barriers == 2, weight_gradient_KD=weight_gradient,
+        )  # fmt: skip
+        found.append((weight_gradient, gradient))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][0].isfinite().all()
+    assert (found[0][1] is None) == (barriers == 1) and (barriers == 1 or torch.equal(found[0][1], found[1][1]))

@@ -67,7 +67,7 @@ SWAPPED: Fields = {"activations": {"policy": "memo", "keep_last_layers": 0}}
 
 
 def far_from_stock(
-    fields: Fields, options: Fields, schedule: str | None, sections: Fields | None = None
+    fields: Fields, options: Fields, schedule: str | None, sections: Fields | None = None, keep_logits: bool = False
 ) -> dict[str, dict[str, float]]:
     """By number of barriers: what is further from stock than it may be, with its error over what is allowed."""
     import torch
@@ -83,7 +83,10 @@ def far_from_stock(
     section = None if schedule is None else {"name": schedule}
     found = {}
     for barriers in (2, 1):
-        config = {"vocabulary": {"parallel": True, "barriers": barriers, "loss_chunk": 5}, **(sections or {})}
+        config = {
+            "vocabulary": {"parallel": True, "barriers": barriers, "loss_chunk": 5, "keep_logits": keep_logits},
+            **(sections or {}),
+        }
         reports: list[Any] = []
         ours = train_pipeline(
             case, section, config=config, inspect=lambda handle, to=reports: to.append(handle.report())
@@ -130,5 +133,5 @@ def test_equal_to_stock_within_rounding(dist: Dist, name: str) -> None:
     assert dist(num_ranks)(far_from_stock, *arguments) == [{"2": {}, "1": {}}] * num_ranks
 
 
-def test_with_activations_swapped(dist: Dist) -> None:
-    assert dist(2)(far_from_stock, TWO_CHUNKS, {}, "gis", SWAPPED) == [{"2": {}, "1": {}}] * 2
+def test_with_activations_swapped_and_logits_kept(dist: Dist) -> None:
+    assert dist(2)(far_from_stock, TWO_CHUNKS, {}, "gis", SWAPPED, True) == [{"2": {}, "1": {}}] * 2

@@ -8,12 +8,13 @@ cannot be had is refused here, before any rank has begun to communicate, with th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megamem.config import Scheduling
 from megamem.errors import ConfigError, InfeasibleError, ScheduleError
-from megamem.ir.schedule import SHAPES, Barriers, Schedule, Shape, parse_schedule
+from megamem.ir.schedule import SHAPES, Barriers, Placement, Schedule, Shape, parse_schedule
 from megamem.ir.workload import HasCosts, PipelineCosts, Uniform, parse_costs
 from megamem.planner.schedules.checker import check_schedule
 from megamem.planner.schedules.families import FAMILIES, build_schedule
@@ -33,6 +34,17 @@ class PlannedSchedule:
     simulation: Simulation
 
 
+class _KeptLogits(NamedTuple):
+    """A workload in which T does not make the logits again."""
+
+    workload: HasCosts
+
+    def costs(self, placement: Placement, *, sharded: bool = False) -> PipelineCosts:
+        found = self.workload.costs(placement, sharded=sharded)
+        share = found.vocabulary
+        return found if share is None else replace(found, vocabulary=replace(share, recompute=0.0))
+
+
 def default_schedule(num_chunks: int | None) -> Scheduling:
     """Megatron-Core's own order for this many chunks per rank, as a schedule that megamem runs."""
     return Scheduling(name="1f1b" if num_chunks in (None, 1) else "interleaved")
@@ -47,6 +59,7 @@ def plan_schedule(
     num_layers: int | None = None,
     shapes: tuple[Shape, ...] = SHAPES,
     vocabulary: Barriers | None = None,
+    keeps_logits: bool = False,
 ) -> PlannedSchedule:
     """The schedule that `options` ask for, on `num_ranks` pipeline ranks.
 
@@ -54,6 +67,7 @@ def plan_schedule(
     num_layers: of the model, which chunks divide evenly; None where that is no matter
     shapes:     the placements that the model can still have
     vocabulary: barriers of vocabulary parallelism; None where the end stages have the embeddings
+    keeps_logits: with vocabulary parallelism, whether T finds the logits that S has made
 
     Raises InfeasibleError where there is no such schedule, ScheduleError where a schedule of the user's own is wrong,
     ConfigError where a file is not what it should be.
@@ -63,7 +77,7 @@ def plan_schedule(
         num_ranks=num_ranks,
         num_microbatches=num_microbatches,
         group=None if options.group == "auto" else options.group,
-        workload=load_workload(options.costs),
+        workload=_KeptLogits(load_workload(options.costs)) if keeps_logits else load_workload(options.costs),
         memory_limit=limit,
         vocabulary=vocabulary,
     )

@@ -16,6 +16,7 @@ from megamem.kernels.linear_cross_entropy import (
     LossOptions,
     check_labels,
     combine_statistics,
+    empty_logits,
     gradient_coefficients,
     shard_gradient,
     shard_input_gradient,
@@ -38,6 +39,7 @@ class _Kept(NamedTuple):
     hidden: Tensor
     labels: Tensor  # [T]
     gradient: Tensor  # [T]
+    logits: Tensor | None  # [T, K], where they are not made again
     combined: Pending[tuple[Tensor, Tensor | None]]  # statistics of all shards; see `SharedVocabulary._meet`
 
 
@@ -46,6 +48,8 @@ class SharedVocabulary(AbstractVocabulary):
     """The vocabulary passes of one step.
 
     options:  the loss; its vocab_size is the whole vocabulary's
+    barriers, chunk:  of `ir.schedule`; how many rows of the weight at a time
+    keeps_logits:     whether this rank's logits stay from S to T, which else makes them again
     order:    microbatches in the order in which the first stage takes them
     trains:   whether backward passes follow
     checks:   whether to look at the labels of the first microbatch, for which the host waits for the device
@@ -61,12 +65,13 @@ class SharedVocabulary(AbstractVocabulary):
         *,
         barriers: Barriers,
         chunk: int | None,
+        keeps_logits: bool,
         order: Sequence[int],
         trains: bool,
         checks: bool,
     ) -> None:
         self._layout, self._shards, self._ends, self._wires = layout, shards, ends, connections
-        self._options, self._barriers, self._chunk = options, barriers, chunk
+        self._options, self._barriers, self._chunk, self._keeps_logits = options, barriers, chunk, keeps_logits
         self._order, self._sent, self._trains, self._checks = order, 0, trains, checks
         # By microbatch. A function waits for what it returns; a rank does not wait for what it has sent itself.
         self._tokens: dict[int, Callable[[], Tensor]] = {}
@@ -174,29 +179,36 @@ class SharedVocabulary(AbstractVocabulary):
             self._rows[microbatch] = torch.where(is_here_BS, rows_BS, -1)
 
     def _statistics(self, microbatch: int) -> None:
-        layout, options, first_word = self._layout, self._options, self._shards.words.start
+        layout, options = self._layout, self._options
         letter, _ = self._letters.pop(microbatch)
         if self._checks:
             check_labels(letter.labels, options)
             self._checks = False
         self._wires.lane("statistics").drop_finished()
         hidden_TD, weight_KD = self._whole(letter.hidden), self._shards.output_weight()
-        numerator_TD = None
-        if self._trains and self._barriers == 1:
-            own_NT, numerator_TD = shard_statistics_and_numerator(
-                hidden_TD, weight_KD, letter.labels, options, first_word=first_word, chunk=self._chunk
-            )
-        else:
-            own_NT = shard_statistics(
-                hidden_TD, weight_KD, letter.labels, options, first_word=first_word, chunk=self._chunk
-            )
+        logits_TK = empty_logits(hidden_TD, weight_KD, options) if self._trains and self._keeps_logits else None
+        own_NT, numerator_TD = self._shard_statistics(hidden_TD, weight_KD, letter.labels, logits_TK)
         stage_NT = combine_statistics(stack_ranks(own_NT, layout.tensor_group), options)
         meet = self._meet(letter, weight_KD, own_NT, stage_NT, numerator_TD)
         combined = self._wires.lane("statistics").post(meet)
         if self._trains or layout.is_last:
-            self._kept[microbatch] = _Kept(letter.hidden, letter.labels, letter.gradient, combined)
+            self._kept[microbatch] = _Kept(letter.hidden, letter.labels, letter.gradient, logits_TK, combined)
         if self._trains and self._barriers == 1 and layout.is_last:
             self._gradients[microbatch] = lambda: _second(combined)
+
+    def _shard_statistics(
+        self, hidden_TD: Tensor, weight_KD: Tensor, labels_T: Tensor, logits_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Statistics of this rank's shard; with one barrier the numerator of the input gradient too."""
+        options, first_word, chunk = self._options, self._shards.words.start, self._chunk
+        if self._trains and self._barriers == 1:
+            return shard_statistics_and_numerator(
+                hidden_TD, weight_KD, labels_T, options, first_word=first_word, logits_TK=logits_TK, chunk=chunk
+            )
+        statistics_NT = shard_statistics(
+            hidden_TD, weight_KD, labels_T, options, first_word=first_word, logits_TK=logits_TK, chunk=chunk
+        )
+        return statistics_NT, None
 
     def _meet(
         self, letter: Letter, weight_KD: Tensor, own_NT: Tensor, stage_NT: Tensor, numerator_TD: Tensor | None
@@ -237,10 +249,18 @@ class SharedVocabulary(AbstractVocabulary):
 
         def add(gradient_KD: Tensor | None, accumulate: bool) -> None:
             part_TD = shard_gradient(
-                hidden_TD, weight_KD, kept.labels, coefficients_MT, options,
-                first_word=self._shards.words.start, needs_input_gradient=self._barriers == 2,
-                weight_gradient_KD=gradient_KD, accumulate=accumulate, chunk=self._chunk,
-            )  # fmt: skip
+                hidden_TD,
+                weight_KD,
+                kept.labels,
+                coefficients_MT,
+                options,
+                first_word=self._shards.words.start,
+                logits_TK=kept.logits,
+                needs_input_gradient=self._barriers == 2,
+                weight_gradient_KD=gradient_KD,
+                accumulate=accumulate,
+                chunk=self._chunk,
+            )
             made.append(part_TD)
 
         accumulate(weight_KD, add)
