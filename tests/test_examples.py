@@ -257,6 +257,40 @@ class TestPipelineSchedules:
         assert len(peaks) == 4 and max(map(float, peaks)) <= 3
 
 
+class TestVocabularyParallel:
+    """Embeddings shared by all ranks, on and off, in any schedule and layout, through the same checkpoints."""
+
+    pytestmark = slow
+    WIDE = (*TENSOR, "--pipeline-model-parallel-size", 2)
+    DEEP = ("--group-query-attention", "--num-query-groups", 2, "--pipeline-model-parallel-size", 4)
+
+    def test_a_stock_run_goes_on_with_shared_embeddings(self, folder: Path, small: list[object]) -> None:
+        save = folder / "vocabulary"
+        model = ["--num-layers", 8, "--vocab-size", 512, "--global-batch-size", 8, "--lr-decay-iters", 6]
+        flags = [*small, *model, "--eval-iters", 1, "--save", save, "--load", save, "--use-distributed-optimizer"]
+        stock = folder / "vocabulary.jsonl"
+        run(4, *flags, *self.WIDE, "--train-iters", 6, "--save-interval", 2, "--log-json", stock)
+        (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+        expected = records(stock)
+        on = ["--megamem-vocabulary-parallel", "true"]
+        for start, until, name, layout in (
+            (2, 3, "1f1b", self.WIDE),
+            (3, 4, "gis-h", self.DEEP),
+            (4, 6, "v-half", self.DEEP),
+        ):
+            log = folder / f"vocabulary-{name}.jsonl"
+            schedule = [] if name == "1f1b" else ["--megamem-schedule-name", name]  # which it has where none is named
+            output = run(4, *flags, *layout, *on, *schedule, "--train-iters", until, "--log-json", log)
+            assert f"resumed from iteration {start}" in output and f"name: {name}" in output
+            assert "words on this rank                         128 of 512" in output
+            found = records(log)
+            assert sorted(found) == [*range(start + 1, until + 1)]
+            for number, record in found.items():
+                assert record["loss"] == pytest.approx(expected[number]["loss"], rel=1e-5)
+                assert record["grad_norm"] == pytest.approx(expected[number]["grad_norm"], rel=1e-3)
+        assert validations(log) == pytest.approx(validations(stock), rel=1e-5)
+
+
 def validations(log: Path) -> list[float]:
     """The validation losses of a JSON log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]

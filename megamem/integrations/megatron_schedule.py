@@ -159,6 +159,8 @@ class MegatronSchedule:
             self.placement.check_model(call.chunks)
         matrices = self.linears.learn(call.chunks) + self.delayed.learn(call.chunks)
         self._can_split = _total(matrices, call.group, call.device) > 0
+        if self.vocabulary is not None:  # T and IB are apart from B
+            self.queue.split.update(map(id, self.vocabulary.shards.parameters()))
         self._known.update(call.chunks)
         self._chunks = [weakref.ref(chunk) for chunk in call.chunks]
 

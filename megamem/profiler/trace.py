@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from megamem.ir.schedule import Kind, Placement, TimedAction
-from megamem.ir.workload import PipelineCosts, StageCost
+from megamem.ir.workload import PipelineCosts, StageCost, VocabularyCost
 
 
 def costs_of_trace(timeline: Iterable[TimedAction], placement: Placement, like: PipelineCosts) -> PipelineCosts:
     """The stages' costs in the unit of the times: medians over the microbatches, of the parts of a W their sum.
 
     Memory is taken from `like`, the costs of the plan. The latency of a hop, which actions do not show, is 0.
-    A stage whose backward passes ran whole (BW) counts them as B.
+    A stage whose backward passes ran whole (BW) counts them as B. S and T of a vocabulary that all ranks share are
+    taken as they ran, with what their number of barriers puts into either; the figures are for this number only.
     """
+    timeline = list(timeline)
     seen: dict[tuple[int, Kind], dict[int, float]] = {}
     for rank, action, start, end in timeline:
         key = placement.stage(rank, action.chunk), action.kind
@@ -34,4 +36,20 @@ def costs_of_trace(timeline: Iterable[TimedAction], placement: Placement, like: 
         )
         for stage, known in enumerate(like.stages)
     ]
-    return PipelineCosts(stages=tuple(stages))
+    shared = None
+    if like.vocabulary is not None:
+        times = {kind: _median(timeline, kind) for kind in ("S", "T", "IF", "IB")}
+        shared = VocabularyCost(
+            logits=times["S"],
+            weight_grad=times["T"],
+            recompute=0.0,
+            embed=times["IF"],
+            embed_grad=times["IB"],
+            kept=like.vocabulary.kept,
+        )
+    return PipelineCosts(stages=tuple(stages), vocabulary=shared)
+
+
+def _median(timeline: Iterable[TimedAction], kind: str) -> float:
+    """Of all ranks and microbatches."""
+    return statistics.median([end - start for _, action, start, end in timeline if action.kind == kind] or [0.0])

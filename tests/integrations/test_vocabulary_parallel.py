@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,37 @@ def test_evaluation_and_data_that_is_no_loss(dist: Dist) -> None:
     (losses, data), (our_losses, our_data) = last
     assert len(losses) == 3 and losses == pytest.approx(our_losses, rel=3e-6)
     assert torch.tensor(data).shape == (2, 2, 16) and torch.allclose(torch.tensor(data), torch.tensor(our_data))
+
+
+def reported(path: str) -> tuple[str, Any]:
+    """Three steps of which the third is traced: the report, and what of the schedule ran whole in B."""
+    from megamem.integrations.megatron_core import enable
+    from megamem.testing.pipeline import PipelineCase, build_pipeline, run_step
+
+    case = PipelineCase(gpt=start_case(**SMALL))
+    with enable({**PARALLEL, "schedule": {"name": "zb-h1", "trace": path}}) as handle:
+        chunks = build_pipeline(case)
+        for step in range(3):
+            run_step(case, chunks, 4, seed=step)
+        report = handle.report()
+    assert report.schedule is not None
+    return str(report), report.schedule.unsplit
+
+
+def test_the_report_and_the_trace_know_the_passes(dist: Dist, tmp_path: Path) -> None:
+    from megamem.planner.schedules.plan import load_workload
+
+    for text, unsplit in dist(2)(reported, str(tmp_path / "trace.json")):
+        assert unsplit == ()  # embeddings have T and IB
+        assert "words on this rank                         36 of 72" in text
+        assert "microbatches that passed through its rows  12" in text
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    names = [event["name"] for event in events if event.get("ph") == "X"]
+    for kind in ("IF", "S", "T", "IB"):
+        assert sum(f"0{kind}2" in name for name in names) == 4  # on both ranks, measured and predicted
+    costs: Any = load_workload(str(tmp_path / "trace.costs.json"))
+    share = costs.vocabulary
+    assert share.seconds("S", 1) > 0 and share.seconds("T", 1) > 0 and share.embed > 0 and share.embed_grad > 0
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
