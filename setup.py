@@ -17,7 +17,24 @@ MEGATRON = "megatron-core>=0.15.3,<0.20"
 EXTRAS = {
     "train": ["torch>=2.6", MEGATRON, "numpy", "psutil", "tensorboard"],
     "te": ["transformer-engine[pytorch]>=2.10"],
-    "nemo": ["megatron-bridge"],
+    "nemo": ["megatron-bridge>=0.3.1"],
+    # What Megatron-Bridge imports where there is no GPU; itself it asks for packages that only a GPU machine can build
+    # (Transformer Engine, Mamba), so ci/environment.sh adds it without what it asks for.
+    "nemo-cpu": [
+        "transformers<5",
+        "datasets>=2.20",
+        "accelerate",
+        "omegaconf>=2.3",
+        "hydra-core>1.3,<=1.3.2",
+        "rich",
+        "six",
+        "regex",
+        "einops",
+        "wandb",
+        "nvidia-modelopt",
+        "defusedxml",
+        "nvidia-ml-py",
+    ],
     # What a checkout of Megatron-LM imports, and compiles its data set's helpers with.
     "megatron-lm": ["six", "regex", "einops", "pydantic", "pybind11"],
     "plot": ["matplotlib"],

@@ -9,6 +9,8 @@
 # install_into_environment EXTRAS [REQUIREMENT ...]
 #                                 torch, then megamem from this checkout (editable) with these extras; nothing when that
 #                                 has been done and setup.py is as it was then
+# install_bridge                  Megatron-Bridge of the series that fits the Megatron-Core in VENV, so that it can be
+#                                 imported on a CPU; needs the extra nemo-cpu. A line and no failure where none fits
 # build_wheel DIRECTORY           makes DIRECTORY with the wheel of megamem in it, as users install it, and nothing else
 # gpus                            how many NVIDIA GPUs this machine has
 #
@@ -98,6 +100,28 @@ PY
     say "installing megamem[$extras]${*:+ with $*}"
     "$PY" -m pip install -qq --no-build-isolation -e ".[$extras]" "$@" || return
     printf '%s\n' "$state" >"$stamp"
+}
+
+# Without dependencies: Bridge's own hold what only a GPU machine can build. Its resiliency extension is built for a glibc
+# newer than some distributions have, and pure Python as far as Bridge imports it; pip takes it if the platform is named.
+install_bridge() {
+    local core bridge extension site
+    STEP="installing Megatron-Bridge into $VENV"
+    core=$("$PY" -c 'from importlib.metadata import version; print(version("megatron-core"))') || return
+    case $core in
+        0.16.*) bridge=0.3.1 extension=0.4.1 ;;
+        0.19.*) bridge=0.6.2 extension=0.5.0 ;;
+        *)
+            say "no Megatron-Bridge to install beside megatron-core $core; its tests are skipped"
+            return
+            ;;
+    esac
+    [ "$("$PY" -m pip show megatron-bridge 2>/dev/null | sed -n 's/^Version: //p')" != "$bridge" ] || return 0
+    say "installing megatron-bridge $bridge, without what it asks for"
+    site=$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
+    "$PY" -m pip install -qq --no-deps --upgrade --target "$site" --platform manylinux_2_39_x86_64 \
+        --platform manylinux_2_31_x86_64 --only-binary=:all: "nvidia-resiliency-ext==$extension" || return
+    "$PY" -m pip install -qq --no-deps "megatron-bridge==$bridge" || return
 }
 
 torch_to_install() {

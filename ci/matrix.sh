@@ -95,7 +95,8 @@ run_release() {
     fi
     VENV=${MATRIX_ENVS:+$MATRIX_ENVS/$version}
     VENV=${VENV:-.venv-$version}
-    if ! { make_environment && install_into_environment train,dev,megatron-lm "megatron-core==$version"; }; then
+    if ! { make_environment && install_into_environment train,dev,megatron-lm,nemo-cpu "megatron-core==$version" &&
+        install_bridge; }; then
         row "$version" "3.$minor" - "NOT RUN: failed while $STEP, see above"
         return 1
     fi

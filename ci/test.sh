@@ -42,7 +42,8 @@ trap 'exit 143' TERM
 FAILED=
 
 make_environment
-install_into_environment train,dev
+install_into_environment train,dev,megatron-lm,nemo-cpu
+install_bridge
 STEP="fetching the sources of Transformer Engine"
 "$PY" ci/transformer_engine.py || say "no sources of Transformer Engine: the tests that read them are skipped"
 

@@ -71,6 +71,11 @@ class Config:
     fp8: LowPrecision = field(default_factory=LowPrecision)
     plan: Plan | None = None
 
+    @staticmethod
+    def sections() -> dict[str, type[Section]]:
+        """The section classes by name, in order."""
+        return _sections()
+
     @property
     def enabled(self) -> tuple[str, ...]:
         """The capabilities that are switched on."""

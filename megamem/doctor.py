@@ -210,27 +210,16 @@ def _torch_fault() -> str:
 
 
 def _patches() -> list[PatchState]:
-    from megamem.patches import RECORDS
+    """Those of Megatron-Core; trainers are not imported here, which takes long and may need a GPU."""
+    from megamem.patches import DOORS, GROUPS
     from megamem.patches.registry import inspect_patch
 
     return [
         PatchState(capability=capability, target=patch.target, state=found.state, detail=found.detail)
-        for capability, patches in RECORDS.items()
+        for capability, patches in {**GROUPS, "megamem run": DOORS["scripts"]}.items()
         for patch in patches
-        if not _is_absent(patch.module)
         for found in [inspect_patch(patch)]
     ]
-
-
-def _is_absent(module: str) -> bool:
-    """Whether a module is of a trainer that is not installed here; Megatron-Core itself is always asked for."""
-    package = ".".join(module.split(".")[:2])
-    if package == "megatron.core":
-        return False
-    try:
-        return importlib.util.find_spec(package) is None
-    except ModuleNotFoundError:
-        return True
 
 
 def _machine(torch_fault: str) -> list[tuple[str, str]]:

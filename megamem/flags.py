@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megamem.config import Config, add_arguments, load_config, overrides_from_args
@@ -19,11 +19,33 @@ from megamem.yamlfile import find_block
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for, and where each option was said: `origins` of `section.option`, for the switch-on table."""
+    """What is asked for, and where.
+
+    origins:    who asked for each `section.option`, for the switch-on table
+    values:     the flags by their argparse destinations, as they were typed
+    overrides:  the single options among them
+    file:       the configuration file among them
+    """
 
     config: Config = field(default_factory=Config)
     origins: Mapping[str, str] = field(default_factory=dict)
-    values: Mapping[str, str] = field(default_factory=dict)  # of argparse destinations, as they were typed
+    values: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = None
+
+    def beside(self, block: Mapping[str, object], where: str) -> Request:
+        """This request together with the block of a trainer's own configuration, over which single flags win.
+
+        Raises ConfigError with every mistake in the block, and where there is a file too.
+        """
+        given = load_config(block)
+        if not given.enabled:
+            return self
+        if self.file is not None:
+            raise ConfigError(f"--megamem {self.file} and {where} are two answers to one question; remove one of them")
+        flags = {key: self.origins[key] for key in self.overrides if key in self.origins}
+        config = load_config(block, self.overrides)
+        return replace(self, config=config, origins=origins_in(given, where) | flags)
 
 
 def split_flags(argv: Sequence[str]) -> tuple[Request, list[str]]:
@@ -59,18 +81,14 @@ def request_of(namespace: argparse.Namespace, trainer_yaml: Path | None = None) 
     """The request in parsed flags, and in the trainer's own YAML file if that has a `megamem:` block."""
     given = {key: value for key, value in vars(namespace).items() if key.startswith("megamem") and value is not None}
     file = Path(given["megamem"]) if "megamem" in given else None
-    if trainer_yaml is not None and find_block(trainer_yaml) is not None:
-        if file is not None:
-            raise ConfigError(
-                f"--megamem {file} and the megamem: block in --yaml-cfg {trainer_yaml} are two answers to one "
-                "question; remove one of them"
-            )
-        file = trainer_yaml
     overrides = overrides_from_args(namespace)
-    config = load_config(file, overrides)
     origins = {} if file is None else origins_in(load_config(file), str(file))
     origins |= {key: "--megamem-" + key.replace(".", "-").replace("_", "-") for key in overrides}
-    return Request(config=config, origins=origins, values=given)
+    config = load_config(file, overrides)
+    request = Request(config=config, origins=origins, values=given, overrides=overrides, file=file)
+    if trainer_yaml is None or (block := find_block(trainer_yaml)) is None:
+        return request
+    return request.beside(block, f"the megamem: block in {trainer_yaml}")
 
 
 def origins_in(config: Config, where: str) -> dict[str, str]:

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 
+from megamem.patches.megatron_bridge import config, gpt_provider
 from megamem.patches.megatron_core import (
     finalize_model_grads,
     fusions,
@@ -41,11 +42,13 @@ applied where it is needed."""
 DOORS: Mapping[str, tuple[Patch, ...]] = {
     "scripts": parallel_state.DOOR_PATCHES,
     "megatron-lm": arguments.DOOR_PATCHES,
+    "bridge": config.DOOR_PATCHES,
 }
 """The patches by which scripts that do not know of megamem are entered (`megamem run`), by trainer."""
 
 TRAINER_PLACEMENTS: Mapping[str, tuple[Patch, ...]] = {
     "megatron-lm.v-placement": (*training.PLACEMENT_PATCHES, *gpt_builder.PLACEMENT_PATCHES),
+    "bridge.v-placement": gpt_provider.PLACEMENT_PATCHES,
 }
 """What a V placement needs besides, of trainers that build models and data by themselves; applied where the trainer is
 loaded."""

@@ -45,7 +45,10 @@ State = Literal[
 
 # Where the code that would be imported states its version. It counts more than the metadata: people run checkouts on
 # PYTHONPATH, with no metadata at all or with that of another release installed below.
-_VERSION_FILES = {"megatron-core": ("megatron.core", "package_info.py")}
+_VERSION_FILES = {
+    "megatron-core": ("megatron.core", "package_info.py"),
+    "megatron-bridge": ("megatron.bridge", "package_info.py"),
+}
 _ABSENT: Any = object()  # the attribute was inherited: undo by deleting, not by assigning
 _MARK = "__megamem_patch__"  # on every live replacement, so that a second apply() is an error, not a second wrapper
 

@@ -56,7 +56,7 @@ class TestTheTrainersOwnYaml:
         file.write_text(self.TEXT)
         request, rest = split_flags(["--yaml-cfg", str(file)])
         assert request.config.schedule.name == "zb-h1"
-        assert request.origins == {"schedule.name": str(file)}
+        assert request.origins == {"schedule.name": f"the megamem: block in {file}"}
         assert rest == ["--yaml-cfg", str(file)]
 
     def test_it_needs_none(self, tmp_path: Path) -> None:

@@ -68,6 +68,23 @@ def modules_losing_gradients(config: Any) -> list[str]:
     return sorted({"layernorm", "mla_up_proj", "moe_act"} & set(config.recompute_modules or ()))
 
 
+def message_mixup(config: Any) -> str:
+    """Why Megatron's own schedule would train on wrong gradients, without a word; empty where it would not.
+
+    With two ranks and several chunks, both neighbours of a rank are the same rank; sends and receives that are posted
+    together are told apart by their order alone, and that is not the same on both sides (Megatron-LM #750, #1450).
+    Megatron-LM's own argument checks refuse it; TransformerConfig and Megatron-Bridge do not.
+    """
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    if config.pipeline_model_parallel_size != 2 or chunks < 2 or config.overlap_p2p_comm:
+        return ""
+    return (
+        f"pipeline_model_parallel_size 2 with {chunks} chunks a rank and overlap_p2p_comm off: Megatron's own schedule "
+        "mixes up the messages of the two ranks, and trains on wrong gradients; set overlap_p2p_comm to true and "
+        "batch_p2p_comm to false, or let megamem run the steps (schedule.name: interleaved is the same order)"
+    )
+
+
 def in_inference_mode() -> bool:
     """Whether an inference engine uses the model: a flag of the process since 0.18."""
     from megatron.core.inference import utils

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megamem.config import add_arguments
@@ -31,28 +31,53 @@ if TYPE_CHECKING:
 
 
 class Door(AbstractDoor):
-    """Switches `request` on in the script that runs in this process, and off again."""
+    """Switches `request` on in the script that runs in this process, and off again.
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    request:  what is to be switched on; a trainer's own configuration may add to it (`take`)
+    handle:   megamem, while it is on
+    stays:    whether the script may make groups again when it has destroyed them
+    """
+
+    def __init__(self, request: Request | None = None, *, stays: bool = True) -> None:
+        self.request, self._stays = request or Request(), stays
         self.handle: Handle | None = None
         self._was_on = False
         self._applied: list[Applied] = []
         self._imports: AfterImport | None = None
 
-    def open(self) -> None:
-        """Wait for the script's imports of Megatron. Raises PatchError where the patches do not fit what is there."""
+    @staticmethod
+    def current() -> Door | None:
+        """The door that is open in this process."""
+        owners = (getattr(finder, "owner", None) for finder in sys.meta_path)
+        return next((owner for owner in owners if isinstance(owner, Door)), None)
+
+    def open(self, doors: Sequence[str] = tuple(DOORS)) -> None:
+        """Wait for the script's imports, and apply the patches of these `DOORS` when they come.
+
+        Raises PatchError where they do not fit what is there already.
+        """
         by_module: dict[str, list[Patch]] = {}
-        for patches in DOORS.values():
-            for patch in patches:
+        for name in doors:
+            for patch in DOORS[name]:
                 by_module.setdefault(patch.module, []).append(patch.bound(self))
         actions = {name: self._applier(found) for name, found in by_module.items()}
         self._imports = AfterImport(actions, owner=self)
+        self.take(self.request)
+
+    def take(self, request: Request) -> None:
+        """Switch `request` on, now if the groups are there already; what an earlier run has left on is switched off."""
+        if self.handle is not None:
+            self.handle.disable()
+            self.handle = None
+        self.request = request
+        if self._has_groups():
+            self.on_groups()
 
     @staticmethod
-    def is_open() -> bool:
-        """Whether a door is open in this process."""
-        return any(isinstance(getattr(finder, "owner", None), Door) for finder in sys.meta_path)
+    def _has_groups() -> bool:
+        """Whether the script has made its parallel groups already."""
+        parallel_state = sys.modules.get("megatron.core.parallel_state")
+        return parallel_state is not None and bool(parallel_state.model_parallel_is_initialized())
 
     def _applier(self, patches: list[Patch]) -> Callable[[], None]:
         return lambda: self._applied.append(apply(patches))
@@ -68,11 +93,21 @@ class Door(AbstractDoor):
 
     def on_groups_gone(self) -> None:
         self._switch_off()
+        if not self._stays:
+            self.abandon()
 
     def add_flags(self, parser: Any) -> Any:
         add_arguments(parser, default=argparse.SUPPRESS)
         parser.set_defaults(**self.request.values)  # so that the trainer's dump of arguments shows them
         return parser
+
+    def on_config(self, config: Any) -> bool:
+        from megamem.integrations.bridge import attach
+
+        is_new = not hasattr(config, "megamem")
+        if is_new:
+            attach(config)
+        return is_new
 
     def close(self) -> None:
         """The script has ended: say what was done, and restore everything.
@@ -81,12 +116,15 @@ class Door(AbstractDoor):
         """
         self._switch_off()
         self.abandon()
-        if self.request.config.enabled and not self._was_on:
+        if self._was_on:
+            return
+        if wanted := self.request.config.enabled:
             raise NotLiveError(
-                f"{', '.join(self.request.config.enabled)} was to be switched on, and the script has ended without "
+                f"{', '.join(wanted)} was to be switched on, and the script has ended without "
                 "megatron.core.parallel_state.initialize_model_parallel, where that happens; does it train with "
                 "Megatron-Core?"
             )
+        say("megamem: nothing was switched on; no --megamem flag and no megamem: block has asked for anything")
 
     def abandon(self) -> None:
         """Restore everything, and say nothing: the script has failed, and its own error is what matters."""
@@ -101,10 +139,15 @@ class Door(AbstractDoor):
     def _switch_off(self) -> None:
         if self.handle is None:
             return
-        if is_main_rank():
-            print(f"megamem: what it did on rank 0\n{self.handle.report()}", flush=True)
+        say(f"megamem: what it did on rank 0\n{self.handle.report()}")
         self.handle.disable()
         self.handle = None
+
+
+def say(text: str) -> None:
+    """Print on one rank."""
+    if is_main_rank():
+        print(text, flush=True)
 
 
 def is_main_rank() -> bool:

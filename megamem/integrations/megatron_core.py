@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, final
 
 import torch
+from megatron.core.utils import get_model_config
 from torch.nn import Module
 
 from megamem.config import Activations, Config, load_config
@@ -291,6 +292,8 @@ class Session(AbstractSession, AbstractBuilder):
         chunks = model if isinstance(model, list) else [model]
         if self.config.plan is not None:
             check_model(self.config.plan, chunks)
+        if self.schedule is None and (mixup := compat.message_mixup(get_model_config(chunks[0]))):
+            raise UnsupportedError(mixup)
         if self.capabilities:
             refuse_together(self.capabilities, chunks)
         for capability in self.capabilities:

@@ -23,7 +23,7 @@ def install() -> None:
 
     Under `megamem run`, which has read them already, it does nothing.
     """
-    if Door.is_open():
+    if Door.current() is not None:
         return
     try:
         request, _ = split_flags(sys.argv[1:])

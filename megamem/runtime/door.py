@@ -20,3 +20,7 @@ class AbstractDoor(ABC):
     @abstractmethod
     def add_flags(self, parser: Any) -> Any:
         """Add megamem's flags to a trainer's parser, and return the parser."""
+
+    @abstractmethod
+    def on_config(self, config: Any) -> bool:
+        """Give a trainer's configuration object a section of megamem's; whether it had none before."""

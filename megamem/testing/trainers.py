@@ -14,6 +14,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from multiprocessing import spawn
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,7 @@ def unblock_trainers() -> Iterator[None]:
     """To be entered inside `cpu_rig`, before the script runs."""
     ledger = Ledger()
     ledger.set(builtins, "__import__", _with_engine_for_adapters(builtins.__import__))
+    ledger.set(spawn, "get_preparation_data", _without_script(spawn.get_preparation_data))
     if not hasattr(typing, "override"):
         ledger.set(typing, "override", lambda method: method)
     imports = AfterImport({name: functools.partial(_unblock, ledger, name) for name in _MODULES})
@@ -64,6 +66,18 @@ def _compile_dependencies() -> None:
     if dist.get_rank() == 0:
         _compile_helpers()
     dist.barrier()
+
+
+def _without_script(real: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """What a spawned process is told, without the script: it would import the trainer outside of the rig.
+
+    Megatron-Core spawns helpers when it writes checkpoints; what they run is in modules.
+    """
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {key: value for key, value in real(name).items() if not key.startswith("init_main_from")}
+
+    return get_preparation_data
 
 
 def _with_engine_for_adapters(real: Callable[..., Any]) -> Callable[..., Any]:
