@@ -39,7 +39,8 @@ def attach(config: Any, megamem: Config | str | Path | Mapping[str, object] | No
     """
     _register_targets()
     if not hasattr(config, _FIELD):
-        config.__class__ = _with_section(type(config))
+        kind: Any = type(config)
+        config.__class__ = _with_section(kind)
         config.megamem = _empty()
     if megamem is not None:
         for name, section in _plain(load_config(megamem)).items():
@@ -64,15 +65,15 @@ class Watcher:
 
 
 @functools.cache
-def _with_section(kind: type) -> type:
+def _with_section(kind: Any) -> type:
     """`kind` with the section. It keeps its name, by which Bridge writes and pickles it."""
 
     def validate(self: Any) -> None:
-        kind.validate(self)  # type: ignore[attr-defined]
+        kind.validate(self)
         _prepare(self)
 
     def to_dict(self: Any) -> dict[str, Any]:
-        content: dict[str, Any] = kind.to_dict(self)  # type: ignore[attr-defined]
+        content: dict[str, Any] = kind.to_dict(self)
         content[_FIELD] = _given(self)
         return content
 
