@@ -219,6 +219,7 @@ def figures() -> str:
         _retained(_read("retained_bytes.cpu.json")),
         _bookkeeping(_read("bookkeeping.cpu.json")),
         _compressed(_read("compressed_swap.cpu.json")),
+        _tiled(_read("tiled_mlp.cpu.json")),
         _published(_read("schedules.cpu.json")),
         _searched(_read("schedule_search.cpu.json")),
         _loop(_read("pipeline_loop.cpu.json")),
@@ -305,6 +306,29 @@ def _compressed(data: dict[str, Any]) -> list[str]:
         f"| {case['bf16 itself']['input']:.2%} | {case['bf16 itself']['worst_parameter']:.2%}" for case in (memo, llama)
     ]
     lines.append(f"| *bf16 itself, against fp32* | {' | '.join(cells)} |")
+    return [*lines, "", *_verdicts(data)]
+
+
+def _tiled(data: dict[str, Any]) -> list[str]:
+    memo, llama = (data["results"]["shapes"][kind] for kind in ("memo", "llama"))
+    columns = ("held", "forward, on top", "backward, on top", "FLOPs")
+    lines = [
+        "**What the MLP in tiles saves**, in units of s x b x h elements: what a layer holds between the passes, and the "
+        "most that is in device memory besides in each pass; FLOPs of matrix products over stock's. Chunks are "
+        "Megatron-Core's `mlp_chunks_for_training`; recomputed, those of the Mini-Sequence Transformer and ALST "
+        f"(`python ci/bench/tiled_mlp.py`; {_where(data)}):",
+        "",
+        "| policy: MLP | MEMO's layer: " + " | ".join(columns) + " | Llama layer: " + " | ".join(columns) + " |",
+        "|---" * 9 + "|",
+    ]
+    for policy in ("off", "swap", "recompute"):
+        for name in memo[policy]:
+            cells = [
+                f"{found['held_units']:.2f} | {found['forward_units']:.2f} | {found['backward_units']:.2f} "
+                f"| {found['flops_ratio']:.2f}"
+                for found in (memo[policy][name], llama[policy][name])
+            ]
+            lines.append(f"| {policy}: {name} | {' | '.join(cells)} |")
     return [*lines, "", *_verdicts(data)]
 
 

@@ -19,6 +19,7 @@ NAMES = (
     "retained_bytes",
     "bookkeeping",
     "compressed_swap",
+    "tiled_mlp",
     "saved_activations",
     "training_parity",
     "kernel_bandwidth",
@@ -147,6 +148,19 @@ def test_kernel_bandwidth(tmp_path: Path) -> None:
     for case in results["cases"]:
         for summary in case["milliseconds"].values():
             check_summary(summary)
+
+
+def test_tiled_mlp(tmp_path: Path) -> None:
+    results = run("tiled_mlp", tmp_path / "out.json")
+    for policies in results["shapes"].values():
+        for policy, contenders in policies.items():
+            stock, tiles = contenders["stock"], contenders["4 tiles"]
+            assert tiles["held_bytes"] <= stock["held_bytes"], policy
+            assert tiles["forward_bytes"] < stock["forward_bytes"], policy
+            assert tiles["flops_ratio"] == stock["flops_ratio"], policy
+        off = policies["off"]
+        assert off["4 chunks"]["held_bytes"] == off["stock"]["held_bytes"] > off["4 tiles"]["held_bytes"]
+        assert off["4 chunks, recomputed"]["flops_ratio"] > 1.2
 
 
 def test_schedules(tmp_path: Path) -> None:
