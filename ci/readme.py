@@ -313,8 +313,8 @@ def _tiled(data: dict[str, Any]) -> list[str]:
     memo, llama = (data["results"]["shapes"][kind] for kind in ("memo", "llama"))
     columns = ("held", "forward, on top", "backward, on top", "FLOPs")
     lines = [
-        "**What the MLP in tiles saves**, in units of s x b x h elements: what a layer holds between the passes, and the "
-        "most that is in device memory besides in each pass; FLOPs of matrix products over stock's. Chunks are "
+        "**What the MLP in tiles saves**, in units of s x b x h elements: what a layer holds between the passes, and "
+        "the most that is in device memory besides in each pass; FLOPs of matrix products over stock's. Chunks are "
         "Megatron-Core's `mlp_chunks_for_training`; recomputed, those of the Mini-Sequence Transformer and ALST "
         f"(`python ci/bench/tiled_mlp.py`; {_where(data)}):",
         "",

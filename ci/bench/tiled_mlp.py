@@ -232,8 +232,8 @@ def targets(found: common.Json, tiles: tuple[int, ...]) -> list[common.Json]:
     ]
     return [
         {
-            "what": f"{tiles[-1]} tiles need {min(ratios):.2f} to {max(ratios):.2f} of the memory that stock needs on top, "
-            "below 1 asked for",
+            "what": f"{tiles[-1]} tiles need {min(ratios):.2f} to {max(ratios):.2f} of the memory that stock needs on "
+            "top, below 1 asked for",
             "met": max(ratios) < 1,
         },
         {"what": "no matrix product is computed twice unless the policy recomputes", "met": not any(twice)},
