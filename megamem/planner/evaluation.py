@@ -34,6 +34,7 @@ from megamem.planner.memory.parameters import (
 )
 from megamem.planner.schedules.simulator import Simulation, simulate
 
+_NOTHING = 1e-9  # of a step: what rounding leaves of a kind that takes no time
 OPTIMIZER_BYTES = 34
 """Read and written per parameter of a rank's share by Adam: gradient, fp32 weight and both moments in, the last three
 and the bf16 weight out, and the gradient once more for its norm."""
@@ -48,6 +49,8 @@ class Setup:
     fused_loss, barriers:  the output layer: whole on the last stage, fused with its loss, or shared by all ranks
     static:      the allocator works from a plan
     recompute_all:  Megatron's full recomputation, which runs attention again
+    more:        microbatches of the step beyond those of the schedule: one more of each takes as long as the busiest
+                 rank computes, and changes no peak, once a schedule has reached its steady state
     """
 
     schedule: Schedule
@@ -56,6 +59,12 @@ class Setup:
     barriers: Barriers | None = None
     static: bool = False
     recompute_all: bool = False
+    more: int = 0
+
+    @property
+    def microbatches(self) -> int:
+        """Of the whole step."""
+        return self.schedule.num_microbatches + self.more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +159,7 @@ class _Pricing:
     def __init__(self, model: Model, setup: Setup) -> None:
         self.model, self.setup, self.job = model, setup, model.job
         self.placement: Placement = setup.schedule.placement
-        self.memory = ActivationMemory(self.job, setup.plan)
+        self.memory = ActivationMemory(self.job, setup.plan, recompute_all=setup.recompute_all)
         self.last = self.placement.num_stages - 1
 
     def run(self) -> Priced:
@@ -161,7 +170,7 @@ class _Pricing:
         return Priced(
             setup=self.setup,
             step_seconds=sum(kinds.values()),
-            time={kind: kinds[kind] for kind in TIME_KINDS if kinds[kind] > 0},
+            time={kind: kinds[kind] for kind in TIME_KINDS if kinds[kind] > _NOTHING * simulation.makespan},
             memory=tuple(self._rank(rank, book, simulation) for rank, book in enumerate(books)),
             traffic=self._traffic(books, stages),
             simulation=simulation,
@@ -255,7 +264,7 @@ class _Pricing:
 
     def _kinds(self, stages: Sequence[StageTime], simulation: Simulation) -> tuple[int, dict[str, float]]:
         """The rank that computes longest, and where its time goes; what is left is bubble."""
-        count = self.setup.schedule.num_microbatches
+        count = self.setup.microbatches
         totals = []
         for rank in range(self.placement.num_ranks):
             mine = [stages[self.placement.stage(rank, chunk)] for chunk in range(self.placement.num_chunks)]
@@ -265,7 +274,8 @@ class _Pricing:
                 totals[-1]["output_layer"] += count * sum(spent)
         busiest = max(range(len(totals)), key=lambda rank: sum(totals[rank].values()))
         kinds = totals[busiest]
-        kinds["bubble"] = max(0.0, simulation.makespan - sum(kinds.values()))
+        busy = sum(kinds.values()) * self.setup.schedule.num_microbatches / count
+        kinds["bubble"] = max(0.0, simulation.makespan - busy)
         kinds["optimizer"], kinds["data_parallel"] = self._after_step(stages)
         return busiest, kinds
 
@@ -355,12 +365,12 @@ class _Pricing:
         rank = max(range(len(books)), key=lambda number: books[number].to_host)
         book, (to_host, from_host) = books[rank], self.model.rates
         mine = [stages[self.placement.stage(rank, chunk)] for chunk in range(self.placement.num_chunks)]
-        exposed = sum(stage.kinds["exposed_copies"] for stage in mine) * self.setup.schedule.num_microbatches
+        scale = self.setup.microbatches / self.setup.schedule.num_microbatches
         return Traffic(
-            to_host=book.to_host,
-            from_host=book.from_host,
-            link_seconds=max(book.to_host / to_host, book.from_host / from_host),
-            exposed_seconds=exposed,
+            to_host=round(scale * book.to_host),
+            from_host=round(scale * book.from_host),
+            link_seconds=scale * max(book.to_host / to_host, book.from_host / from_host),
+            exposed_seconds=sum(stage.kinds["exposed_copies"] for stage in mine) * self.setup.microbatches,
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 
 from megamem.errors import InfeasibleError, MissingPackage
@@ -12,9 +12,10 @@ from megamem.planner.fractions.problem import Group, Problem, Shares, Solution, 
 
 _KEPT, _SWAPPED = "kept", "swapped"
 _Row = dict[tuple[int, str, str], float]
-_FEW_GROUPS = 3  # beyond, loading scipy takes less time than a tableau in Python
+_FEW_GROUPS = 2  # beyond, HiGHS is faster, its loading included
 
 
+@cache
 def is_available() -> bool:
     """Whether scipy is installed."""
     return find_spec("scipy") is not None
@@ -23,13 +24,11 @@ def is_available() -> bool:
 def solve(problem: Problem, solver: str = "auto") -> Solution:
     """The shares that cost the least time. Raises InfeasibleError where no shares fit, MissingPackage without scipy.
 
-    solver:  `highs`; `simplex`, which needs nothing and suits problems of a few groups; `auto`: HiGHS where it is
-             loaded already or the problem is large
+    solver:  `highs`; `simplex`, which needs nothing and suits problems of a few groups; `auto`: by size
     """
     programme = _Programme(problem)
     if solver == "auto":
-        wants_highs = "scipy.optimize" in sys.modules or len(problem.groups) > _FEW_GROUPS
-        solver = "highs" if wants_highs and is_available() else "simplex"
+        solver = "highs" if len(problem.groups) > _FEW_GROUPS and is_available() else "simplex"
     values = programme.by_simplex() if solver == "simplex" else programme.by_highs()
     if values is None:
         raise InfeasibleError(explain(problem))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megamem.errors import InfeasibleError
-from megamem.ir.activation import ANCHORS, BASE, EXPERTS, KEEP, SAVED, ActivationPlan, Fate, LayerRule
+from megamem.ir.activation import BASE, SAVED, Fate
 from megamem.ir.schedule import Schedule
 from megamem.planner.evaluation import Model
 from megamem.planner.fractions.linear import solve
@@ -28,8 +27,11 @@ class Assigned:
     chunk: int
 
 
-def groups_of(model: Model, schedule: Schedule, rank: int) -> list[Assigned]:
-    """The groups of a rank: per chunk its dense layers and those with experts."""
+def groups_of(model: Model, schedule: Schedule, rank: int, every: int = 1) -> list[Assigned]:
+    """The groups of a rank: per chunk its dense layers and those with experts.
+
+    every: `activations.residual_every`; of `every` layers one stores its input, the others rebuild it
+    """
     placement, memory = schedule.placement, ActivationMemory(model.job, None)
     undivided = any(action.kind == "BW" for action in schedule.ranks[rank])
     found = []
@@ -38,9 +40,10 @@ def groups_of(model: Model, schedule: Schedule, rank: int) -> list[Assigned]:
         for is_moe in (False, True):
             alike = tuple(number for number in numbers if model.job.model.is_moe(number) == is_moe)
             if alike:
-                found.append(
-                    Assigned(group=_group(model, memory, alike, undivided=undivided), numbers=alike, chunk=chunk)
-                )
+                group = _group(model, memory, alike, undivided=undivided)
+                if every > 1 and not is_moe:
+                    group = _sparse(group, model.layer(alike[0]).residual, every)
+                found.append(Assigned(group=group, numbers=alike, chunk=chunk))
     return found
 
 
@@ -67,6 +70,12 @@ def _group(model: Model, memory: ActivationMemory, numbers: Sequence[int], *, un
     )
 
 
+def _sparse(group: Group, residual: float, every: int) -> Group:
+    """The group where only every `every`-th layer stores its input; the others cost a pass without attention."""
+    nbytes = {**group.nbytes, "layer_input": group.nbytes["layer_input"] / every}
+    return replace(group, nbytes=nbytes, backward=group.backward + residual * (every - 1) / every)
+
+
 def moments_of(schedule: Schedule, rank: int, assigned: Sequence[Assigned]) -> tuple[tuple[float, ...], ...]:
     """Microbatches of each group that are held together, at the moments that no other exceeds everywhere."""
     now = [0] * schedule.placement.num_chunks
@@ -82,10 +91,10 @@ def moments_of(schedule: Schedule, rank: int, assigned: Sequence[Assigned]) -> t
 
 
 def problem_of(
-    model: Model, schedule: Schedule, rank: int, device: float, host: float
+    model: Model, schedule: Schedule, rank: int, device: float, host: float, every: int = 1
 ) -> tuple[Problem, list[Assigned]]:
     """What is to be decided on a rank that has `device` bytes for activations, and `host` bytes of host memory."""
-    assigned = groups_of(model, schedule, rank)
+    assigned = groups_of(model, schedule, rank, every)
     to_host, from_host = model.rates
     problem = Problem(
         groups=tuple(item.group for item in assigned),
@@ -98,16 +107,14 @@ def problem_of(
 def optimum(model: Model, schedule: Schedule, rank: int, device: float, host: float) -> tuple[Solution, list[Assigned]]:
     """The exact optimum of a rank. Raises InfeasibleError."""
     problem, assigned = problem_of(model, schedule, rank, device, host)
-    if device <= 0:
-        raise InfeasibleError(f"rank {rank} has no device memory left for activations")
     return solve(problem), assigned
 
 
 def fates_of_rank(
-    model: Model, schedule: Schedule, rank: int, device: float, host: float
+    model: Model, schedule: Schedule, rank: int, device: float, host: float, every: int = 1
 ) -> tuple[dict[int, Fates], float, float]:
     """Fates by layer number, the seconds per microbatch they cost, and those of the optimum. Raises InfeasibleError."""
-    problem, assigned = problem_of(model, schedule, rank, device, host)
+    problem, assigned = problem_of(model, schedule, rank, device, host, every)
     best = solve(problem)
     found = realise(problem, best)
     fates: dict[int, Fates] = {}
@@ -115,17 +122,3 @@ def fates_of_rank(
         for numbers, row in rows_of(item.numbers, item.group, parts):
             fates |= dict.fromkeys(numbers, row)
     return fates, found.seconds, best.seconds
-
-
-def plan_of(fates: dict[int, Fates], num_layers: int) -> ActivationPlan:
-    """One rule for every layer; experts stay."""
-    rules: dict[tuple[tuple[str, str], ...], LayerRule] = {}
-    made = []
-    for number in range(1, num_layers + 1):
-        row = fates[number]
-        key = tuple(sorted((name, repr(fate)) for name, fate in row.items()))
-        if key not in rules:
-            absent = dict.fromkeys(ANCHORS, Fate(fraction=0.0))
-            rules[key] = LayerRule(fates={**absent, **row, EXPERTS: KEEP})
-        made.append(rules[key])
-    return ActivationPlan(rules=tuple(made))

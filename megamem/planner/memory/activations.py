@@ -14,6 +14,7 @@ from megamem.planner.memory.inventory import (
     anchors_of,
     output_weight_gradient_bytes,
     saved_tensors,
+    storage_bytes,
     weight_gradient_bytes,
 )
 from megamem.planner.memory.ledger import Book, LayerBytes, Ledger, layer_bytes, untouched_bytes
@@ -32,10 +33,13 @@ class _Kind:
 
 
 class ActivationMemory:
-    """The layers of one job under one activation plan (None: left to autograd), by stage of the model."""
+    """The layers of one job under one activation plan (None: left to autograd), by stage of the model.
 
-    def __init__(self, job: Job, plan: ActivationPlan | None) -> None:
-        self.job, self.plan = job, plan
+    recompute_all:  Megatron's full recomputation instead: a layer keeps its input, and everything is computed twice
+    """
+
+    def __init__(self, job: Job, plan: ActivationPlan | None, *, recompute_all: bool = False) -> None:
+        self.job, self.plan, self.recompute_all = job, plan, recompute_all
         self._base_apart = plan is not None and any(not rule.store_input for rule in plan.rules if not rule.untouched)
         self._kinds: dict[bool, _Kind] = {}
         self._made: dict[tuple[bool, int, bool, bool], LayerBytes] = {}
@@ -68,6 +72,8 @@ class ActivationMemory:
 
     def stage(self, stage: int) -> list[LayerBytes]:
         """The layers of one stage, in the order of the model."""
+        if self.recompute_all:
+            return [self._recomputed(number) for number in stage_layers(self.job, stage)]
         made: list[LayerBytes] = []
         previous_can_rebuild = False
         for index, number in enumerate(stage_layers(self.job, stage)):
@@ -108,6 +114,12 @@ class ActivationMemory:
             )
             self._made[key] = replace(found, weight_gradients=kind.weight_gradients)
         return self._made[key]
+
+    def _recomputed(self, number: int) -> LayerBytes:
+        kind = self.kind(number)
+        kept = sum(one.nbytes for one in kind.tensors if one.name == "layer_input")
+        whole = storage_bytes(kind.tensors)
+        return LayerBytes(kept=kept, back=whole - kept, weight_gradients=kind.weight_gradients)
 
     def _untouched(self, number: int) -> LayerBytes:
         kind = self.kind(number)

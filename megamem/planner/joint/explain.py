@@ -1,0 +1,344 @@
+"""A settled layout as a plan: the configuration, the predictions, and the tables that say why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from megamem.config import Config
+from megamem.errors import InfeasibleError
+from megamem.ir.activation import ANCHORS, BASE, SAVED, Fate
+from megamem.ir.plan import (
+    Alternative,
+    Decision,
+    MadeFor,
+    Plan,
+    Prediction,
+    Span,
+    Utilization,
+    digest,
+    parse_plan,
+)
+from megamem.ir.schedule import COMMUNICATION
+from megamem.planfile import installed
+from megamem.planner.activations import plan_activations
+from megamem.planner.costs.work import MFU_FORMULA, model_flops
+from megamem.planner.evaluation import Model, Priced
+from megamem.planner.fractions.memo import swap_fraction
+from megamem.planner.fractions.problem import Limits
+from megamem.planner.fractions.rank import groups_of, moments_of
+from megamem.planner.fractions.table import text_of
+from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, in_full
+from megamem.planner.joint.settle import Frame, Settled, settle
+from megamem.planner.memory.activations import ActivationMemory
+from megamem.sections import Activations, Allocator, Scheduling, Vocabulary
+
+_MOST_ACTIONS = 6000  # of a plan's picture of the pipeline
+_FRONT = (0.5, 0.7, 0.85)  # shares of the memory limit at which the front is looked at, besides all of it
+_NOTES = (
+    "No number of this plan was measured on a GPU by megamem; activation bytes are checked against real Megatron-Core "
+    "layers on CPUs, working space and the caching allocator's share are counted.",
+    "Left out: contention of copies with memory-bound kernels, launch times of kernels, data loading, imbalance of "
+    "experts.",
+)
+
+
+def explain(planned: LayoutPlan, wishes: Wishes, extra: Sequence[Alternative] = ()) -> Config:
+    """The configuration of a settled layout with its plan; `extra` alternatives are of other layouts."""
+    planned = in_full(planned)
+    best, model = planned.best, planned.model
+    config = config_of(best)
+    alternatives = [*_settled(planned), *_policies(model, best), *_estimated(planned), *extra]
+    mine = _alternative("this plan", best.priced, best.frame.host, best.priced.step_seconds, {})
+    prediction = Prediction(
+        step_seconds=best.priced.step_seconds,
+        time=best.priced.time,
+        memory=best.priced.memory,
+        traffic=best.priced.traffic,
+        utilization=_utilization(model, best.priced.step_seconds),
+        tokens_per_second_per_gpu=_throughput(model, best.priced.step_seconds),
+        decisions=(*_options(planned, wishes), *_fates(model, best)),
+        alternatives=tuple(sorted(_unique(alternatives), key=lambda one: (not one.fits, one.step_seconds))),
+        front=_front([mine, *alternatives, *_smaller(model, best)]),
+        hardware=model.hardware.source_text(),
+        notes=_NOTES,
+        pipeline=_pipeline(best.priced),
+    )
+    made_for = MadeFor(
+        job=planned.job,
+        megamem=installed("megamem") or "",
+        megatron_core=installed("megatron-core") or "",
+        hardware=model.hardware.name,
+        settings=digest(config.settings()),
+    )
+    plan = Plan(made_for=made_for, predicted=prediction)
+    return replace(config, plan=parse_plan(plan.to_dict()))  # numbers as a file holds them
+
+
+def config_of(settled: Settled) -> Config:
+    """The settings that a setup needs, with no `auto` left."""
+    frame = settled.frame
+    schedule = Scheduling()
+    if frame.name != STOCK:
+        chunks = frame.schedule.placement.num_chunks
+        group = {} if frame.group is None else {"group": frame.group}
+        schedule = Scheduling(name=frame.name, chunks=chunks, **group)  # type: ignore[arg-type]
+    return Config(
+        activations=settled.activations,
+        schedule=schedule,
+        vocabulary=Vocabulary(fused_loss=True) if frame.fused_loss else Vocabulary(),
+        allocator=Allocator(mode="static") if frame.static else Allocator(),
+    )
+
+
+def _utilization(model: Model, seconds: float) -> Utilization:
+    flops = model_flops(model.job)
+    peak = model.hardware.peak_flops
+    mfu = flops / (model.job.layout.world_size * seconds * peak)
+    return Utilization(mfu=mfu, formula=MFU_FORMULA, model_flops=flops, peak_flops_per_gpu=peak)
+
+
+def _throughput(model: Model, seconds: float) -> float:
+    job = model.job
+    return job.seq_length * job.global_batch_size / seconds / job.layout.world_size
+
+
+# -- reasons -----------------------------------------------------------------------------------------------------------
+
+
+def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
+    """Why the schedule, the output layer and the allocator are what they are."""
+    best, frame = planned.best, planned.best.frame
+    if planned.job.layout.pipeline > 1:
+        fate = "Megatron's own" if frame.name == STOCK else frame.name
+        others = sorted({one.seconds for one in planned.estimated if one.frame.name != frame.name and not one.fault})
+        behind = f"; the next best needs {_percent(others[0] / best.priced.step_seconds)} more" if others else ""
+        idle = best.priced.time.get("bubble", 0.0) / best.priced.step_seconds
+        why = "as asked" if wishes.schedule != "auto" else f"the fastest that fits{behind}"
+        yield Decision(subject="schedule.name", fate=fate, reason=f"{why}; ranks idle {idle:.1%} of the step")
+    logits = max(rank.kinds.get("output_layer", 0) for rank in best.priced.memory)
+    text = (
+        f"logits and loss would not leave the room that recomputation saves; now {logits / 2**30:.1f} GiB"
+        if frame.fused_loss
+        else f"logits and loss take {logits / 2**30:.1f} GiB, and leaving them saves a matrix product"
+    )
+    yield Decision(subject="vocabulary.fused_loss", fate=str(frame.fused_loss).lower(), nbytes=logits, reason=text)
+    lost = max(rank.kinds.get("fragmentation", 0) for rank in best.priced.memory)
+    text = (
+        "memory that the caching allocator cannot use would have to be saved by recomputation or waits"
+        if frame.static
+        else f"the caching allocator's share of {lost / 2**30:.1f} GiB costs no time"
+    )
+    yield Decision(subject="allocator.mode", fate="static" if frame.static else "off", nbytes=lost, reason=text)
+
+
+def _fates(model: Model, best: Settled) -> Iterable[Decision]:
+    """One row for each tensor and fate, with the layers that have it."""
+    if not best.fates:
+        untouched = "everything that layers save fits: nothing is swapped, nothing computed twice"
+        yield Decision(subject="activations.policy", fate="off", reason=untouched)
+        return
+    memory = ActivationMemory(model.job, None)
+    stalls = best.priced.time.get("exposed_copies", 0.0)
+    hidden = stalls < 0.01 * best.priced.step_seconds
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name in (*BASE, *ANCHORS, SAVED):
+        for number, fates in best.fates.items():
+            if name in fates:
+                rows.setdefault((name, str(fates[name])), []).append(number)
+    for (name, _), numbers in rows.items():
+        fate = best.fates[numbers[0]][name]
+        kind, times = memory.kind(numbers[0]), model.layer(numbers[0])
+        whole = (
+            sum(one.nbytes for one in kind.tensors if one.name == name)
+            if name in BASE
+            else next((one.nbytes for one in kind.anchors if one.name == name), 0)
+            if name in ANCHORS
+            else sum(one.nbytes for one in kind.tensors if one.rebuilt and not one.routed)
+        )
+        seconds = times.anchors.get(name, times.rebuild if name == SAVED else 0.0)
+        if name == "attention_output":
+            seconds = times.forward.attention
+        yield Decision(
+            subject=name,
+            layers=text_of(numbers),
+            fate=_word(fate),
+            fraction=fate.fraction if fate.fraction else 1.0,
+            nbytes=round(whole * (fate.fraction or 1.0)),
+            seconds=seconds,
+            hidden=hidden or _word(fate) != "swap",
+            reason=_reason(model, name, fate, whole, seconds, hidden=hidden),
+        )
+
+
+def _word(fate: Fate) -> str:
+    return "recompute" if fate.fraction == 0 else "keep" if fate.tier == "hbm" else "swap"
+
+
+def _reason(model: Model, name: str, fate: Fate, nbytes: int, seconds: float, *, hidden: bool) -> str:
+    rate = f"rebuilding it yields {nbytes / seconds / 1e9:.3g} GB/s" if seconds else "it cannot be rebuilt alone"
+    link = f"the link copies {model.rates[0] / 1e9:.0f} GB/s"
+    if fate.fraction == 0:
+        others = "stored tensors make it cheap" if name in ANCHORS else "element-wise operations, no product"
+        return f"{rate}, {link}; {others}, and memory is better spent on what is denser"
+    if fate.tier == "hbm":
+        return f"{rate}; there is device memory for it"
+    return f"{rate}, {link}; " + ("copies hide behind computing" if hidden else "waiting for it costs less still")
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):.1f} %"
+
+
+# -- alternatives ------------------------------------------------------------------------------------------------------
+
+
+def _alternative(name: str, priced: Priced, host: float, best: float, settings: Mapping[str, str]) -> Alternative:
+    fits = priced.fits(host)
+    slower = priced.step_seconds / best
+    if not fits:
+        fullest = max(priced.memory, key=lambda rank: rank.peak - rank.limit)
+        over = (fullest.peak - fullest.limit) / 2**30
+        verdict = f"does not fit: {over:.1f} GiB over on pipeline rank {fullest.rank}"
+        if over <= 0:
+            verdict = f"does not fit: {(priced.host - host) / 2**30:.1f} GiB of host memory over"
+    elif slower > 1 + 5e-4:
+        verdict = f"{_percent(slower)} slower"
+    else:
+        verdict = "as fast" if slower > 1 - 5e-4 else f"{-100 * (slower - 1):.1f} % faster"
+    return Alternative(
+        name=name,
+        step_seconds=priced.step_seconds,
+        peak_memory=priced.peak,
+        host_memory=priced.host,
+        fits=fits,
+        verdict=verdict,
+        settings=dict(settings),
+    )
+
+
+def _settled(planned: LayoutPlan) -> Iterable[Alternative]:
+    """Other schedules and losses, with activations of their own."""
+    best = planned.best.priced.step_seconds
+    for one in planned.others:
+        settings = {"schedule.name": one.frame.name, "vocabulary.fused_loss": str(one.frame.fused_loss).lower()}
+        chunks = one.frame.schedule.placement.num_chunks
+        name = f"{_schedule_text(one.frame.name, chunks)}{', fused loss' if one.frame.fused_loss else ''}"
+        yield _alternative(name, one.priced, one.frame.host, best, settings)
+
+
+def _schedule_text(name: str, chunks: int) -> str:
+    if name == STOCK:
+        name = "interleaved (Megatron's)" if chunks > 1 else "1f1b (Megatron's)"
+    return f"{name}, {chunks} chunks" if chunks > 1 else name
+
+
+def _estimated(planned: LayoutPlan) -> Iterable[Alternative]:
+    """Schedules that were not settled, by their estimate."""
+    best = planned.best
+    seen = {(one.frame.name, one.frame.schedule.placement.num_chunks) for one in (best, *planned.others)}
+    for one in planned.estimated:
+        key = one.frame.name, one.job.layout.chunks
+        if key in seen or planned.job.layout.pipeline == 1:
+            continue
+        seen.add(key)
+        slower = one.seconds / best.priced.step_seconds
+        yield Alternative(
+            name=_schedule_text(*key),
+            step_seconds=0.0 if math.isinf(one.seconds) else one.seconds,
+            peak_memory=0,
+            fits=not one.fault,
+            verdict=one.fault or f"about {_percent(slower)} slower, by estimate",
+            settings={"schedule.name": one.frame.name, "schedule.chunks": str(one.job.layout.chunks)},
+        )
+
+
+def _policies(model: Model, best: Settled) -> Iterable[Alternative]:
+    """The same schedule with simpler activations: untouched, full recomputation, attention kept, MEMO, ordered."""
+    frame, layers = best.frame, model.job.model.num_layers
+    fastest = best.priced.step_seconds
+    if best.activations.is_on:
+        priced = model.price(frame.setup(None))
+        yield _alternative("activations untouched", priced, frame.host, fastest, {"activations.policy": "off"})
+    yield _alternative(
+        "full recomputation (Megatron's)", full_recomputation(model, frame), frame.host, fastest,
+        {"--recompute-granularity": "full"},
+    )  # fmt: skip
+    for policy in ("recompute", "memo", "ordered"):
+        options = _simple(model, frame, policy)
+        if options is None:
+            continue
+        priced = model.price(frame.setup(plan_activations(options, layers)))
+        share = f", {options.swap_fraction:.2f}" if policy != "recompute" else ""
+        settings = {"activations.policy": policy}
+        if share:
+            settings["activations.swap_fraction"] = f"{options.swap_fraction:.4g}"
+        yield _alternative(f"{policy}{share}", priced, frame.host, fastest, settings)
+
+
+def full_recomputation(model: Model, frame: Frame) -> Priced:
+    """Megatron's `--recompute-granularity full`: layer inputs stay, everything else is computed twice."""
+    return model.price(replace(frame.setup(None), recompute_all=True))
+
+
+def _simple(model: Model, frame: Frame, policy: str) -> Activations | None:
+    """A policy with the fraction that its own rule gives the fullest rank; None where not even the base fits."""
+    if policy == "recompute":
+        return Activations(policy="recompute")
+    to_host, from_host = model.rates
+    shares = []
+    for rank in range(frame.schedule.placement.num_ranks):
+        assigned = groups_of(model, frame.schedule, rank)
+        limits = Limits(device=model.limit, host=frame.host, to_host=to_host, from_host=from_host)
+        for number, item in enumerate(assigned):
+            flight = max(moment[number] for moment in moments_of(frame.schedule, rank, assigned))
+            flight *= sum(one.group.layers for one in assigned) / item.group.layers
+            shares.append(swap_fraction(item.group, limits, in_flight=flight, ordered=policy == "ordered"))
+    if any(share is None for share in shares):
+        return None
+    fraction = math.floor(min(share for share in shares if share is not None) * 1e4) / 1e4
+    return Activations(policy="memo" if policy == "memo" else "ordered", swap_fraction=fraction)
+
+
+def _smaller(model: Model, best: Settled) -> Iterable[Alternative]:
+    """The same frame with less device memory: points of the front."""
+    for share in _FRONT:
+        limit = round(share * model.limit)
+        if limit >= best.priced.peak:
+            continue
+        try:
+            found = settle(Model(model.job, model.hardware, limit), best.frame)
+        except InfeasibleError:
+            continue
+        name = f"within {limit / 2**30:.0f} GiB"
+        yield _alternative(name, found.priced, best.frame.host, best.priced.step_seconds, {"device memory": str(limit)})
+
+
+def _front(found: Iterable[Alternative]) -> tuple[Alternative, ...]:
+    """Those that no other beats in both peak memory and step time."""
+    front: list[Alternative] = []
+    for one in sorted((one for one in found if one.peak_memory), key=lambda one: (one.peak_memory, one.step_seconds)):
+        if not front or one.step_seconds < front[-1].step_seconds * (1 - 1e-6):
+            front.append(one)
+    return tuple(front)
+
+
+def _unique(found: Iterable[Alternative]) -> list[Alternative]:
+    return list({one.name: one for one in reversed(list(found))}.values())
+
+
+def _pipeline(priced: Priced) -> tuple[str, ...]:
+    """The actions of every rank in time, unless there are too many to draw."""
+    schedule, times = priced.setup.schedule, priced.simulation.times
+    count = sum(action.kind not in COMMUNICATION for actions in schedule.ranks for action in actions)
+    if schedule.placement.num_ranks == 1 or count > _MOST_ACTIONS:
+        return ()
+    return tuple(
+        " ".join(
+            str(Span(kind=action.kind, microbatch=action.microbatch, chunk=action.chunk, start=start, end=end))
+            for action, (start, end) in zip(actions, spans, strict=True)
+            if action.kind not in COMMUNICATION
+        )
+        for actions, spans in zip(schedule.ranks, times, strict=True)
+    )

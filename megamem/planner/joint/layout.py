@@ -1,0 +1,253 @@
+"""One layout: its schedules and settings ranked by an estimate, the best of them settled, and what lost.
+
+Every setting that the runtime has is weighed: the schedule with its chunks, the output layer whole or fused with its
+loss, the allocator, and for each of these the exact optimum of the activations. The estimate that ranks them is the
+simulator's on a few microbatches with the optimum's recomputation; only the first few are priced in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from megamem.errors import InfeasibleError, MegamemError
+from megamem.ir.job import Job
+from megamem.ir.schedule import Schedule
+from megamem.planner.activations import plan_activations
+from megamem.planner.evaluation import Model, Priced
+from megamem.planner.hardware import Hardware
+from megamem.planner.joint.settle import Frame, Settled, estimate, job_text, settle
+from megamem.planner.memory.device import output_bytes
+from megamem.planner.schedules.families import FAMILIES, build_schedule
+from megamem.planner.schedules.family import Request
+
+STOCK = "off"
+FAMILIES_TRIED = ("gis", "gis-h", "zb-h1", "zb-h2", "v-half")
+"""Schedules that are weighed beside Megatron's own (1f1b, interleaved). Left out are those that another one is never
+worse than in memory and time (1f1b-v, dualpipe-v, v-min), and those whose order a search finds (zb-v, auto ...)."""
+MOST_CHUNKS = 4
+_TO_SETTLE = 2
+_LARGE_LOGITS = 0.03  # of device memory: below, the fused loss is not weighed
+_MOST_PASSES = 4000  # microbatches x stages of a step that are priced one by one
+_WORTH_STATIC = 0.005  # of the step, in recomputation and waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user settled; `auto` leaves it to the planner.
+
+    schedule:   a name of `schedule.name`, or `off` for Megatron's own
+    vocabulary: `off` or `fused`
+    allocator:  `off` or `static`
+    activations:  `off`, or `auto`
+    host:       bytes of host memory per rank
+    device:     bytes of device memory for training; None: all
+    """
+
+    schedule: str = "auto"
+    vocabulary: str = "auto"
+    allocator: str = "auto"
+    activations: str = "auto"
+    host: float = 0.0
+    device: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimated:
+    """A frame with a schedule of a few microbatches, and what the whole step is estimated to take.
+
+    fault:  why it cannot be had; empty where it can
+    """
+
+    frame: Frame
+    job: Job
+    seconds: float
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutPlan:
+    """The best way to run one layout. `others` are settled too, `estimated` only estimated, the best first."""
+
+    job: Job
+    model: Model
+    best: Settled
+    others: tuple[Settled, ...] = ()
+    estimated: tuple[Estimated, ...] = field(default_factory=tuple)
+
+
+def plan_layout(
+    job: Job, hardware: Hardware, wishes: Wishes, progress: Callable[[str], None] = lambda text: None
+) -> LayoutPlan:
+    """The fastest settings for a job whose layout is given. Raises InfeasibleError with what is short, and by how much.
+
+    `job.layout.chunks` above 1 settles the chunks.
+    """
+    ranked = sorted(estimates(job, hardware, wishes, _names(wishes)), key=lambda one: one.seconds)
+    settled: list[tuple[Job, Settled]] = []
+    faults: list[str] = [one.fault for one in ranked if one.fault]
+    for one in ranked:
+        if one.fault or len(settled) == _TO_SETTLE or (settled and one.seconds > _fastest(settled)):
+            continue
+        progress(one.frame.name)
+        try:
+            settled.append((one.job, _settle(one, hardware, wishes)))
+        except InfeasibleError as fault:
+            faults.append(str(fault))
+    if not settled:
+        raise InfeasibleError(
+            f"{job_text(job)}: nothing fits: {faults[0] if faults else 'no schedule can be built for it'}"
+        )
+    settled.sort(key=lambda pair: pair[1].priced.step_seconds)
+    chosen, best = settled[0]
+    return LayoutPlan(
+        job=chosen,
+        model=Model(chosen, hardware, wishes.device),
+        best=best,
+        others=tuple(one for _, one in settled[1:]),
+        estimated=tuple(ranked),
+    )
+
+
+def _fastest(settled: list[tuple[Job, Settled]]) -> float:
+    return min(one.priced.step_seconds for _, one in settled)
+
+
+def _settle(one: Estimated, hardware: Hardware, wishes: Wishes) -> Settled:
+    """Settle a frame; with memory from a static plan where that helps."""
+    model = Model(one.job, hardware, wishes.device)
+    frame = one.frame
+    fault: InfeasibleError | None = None
+    found: Settled | None = None
+    if wishes.allocator != "static":
+        try:
+            found = _with_wishes(model, frame, wishes)
+        except InfeasibleError as error:
+            fault = error
+    lost = 0.0 if found is None else _lost(found.priced) / found.priced.step_seconds
+    if wishes.allocator == "off" or (found is not None and lost < _WORTH_STATIC):
+        if found is None:
+            assert fault is not None
+            raise fault
+        return found
+    try:
+        static = _with_wishes(model, replace(frame, static=True), wishes)
+    except InfeasibleError:
+        if found is None:
+            raise
+        return found
+    gained = found is None or static.priced.step_seconds < found.priced.step_seconds * (1 - _WORTH_STATIC)
+    return static if gained or found is None else found
+
+
+def _with_wishes(model: Model, frame: Frame, wishes: Wishes) -> Settled:
+    if wishes.activations != "off":
+        return settle(model, frame)
+    from megamem.sections import Activations
+
+    priced = model.price(frame.setup(None))
+    if not priced.fits(frame.host):
+        fullest = max(priced.memory, key=lambda rank: rank.peak)
+        raise InfeasibleError(
+            f"with activations left alone pipeline rank {fullest.rank} needs {fullest.peak / 2**30:.1f} GiB and has "
+            f"{fullest.limit / 2**30:.1f}"
+        )
+    return Settled(frame=frame, activations=Activations(), priced=priced)
+
+
+def _lost(priced: Priced) -> float:
+    return priced.time.get("recompute", 0.0) + priced.time.get("exposed_copies", 0.0)
+
+
+def _names(wishes: Wishes) -> tuple[str, ...]:
+    return (STOCK, *FAMILIES_TRIED) if wishes.schedule == "auto" else (wishes.schedule,)
+
+
+def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]) -> Iterator[Estimated]:
+    """What each of these schedules is estimated to take, with every number of chunks that the layers divide into."""
+    few = _few_microbatches(job)
+    for name, group, chunks in _schedules(job, names):
+        chunked = replace(job, layout=replace(job.layout, chunks=chunks))
+        model = Model(chunked, hardware, wishes.device)
+        try:
+            short = _built(chunked, name, group, few)
+        except MegamemError as fault:
+            frame = Frame(name=name, schedule=_single(1), group=group)
+            yield Estimated(frame=frame, job=chunked, seconds=float("inf"), fault=str(fault))
+            continue
+        for fused in _losses(model, wishes):
+            more = job.num_microbatches - short.num_microbatches
+            frame = Frame(name=name, schedule=short, group=group, fused_loss=fused, host=wishes.host, more=more)
+            yield _estimated(model, frame, wishes)
+
+
+def _estimated(model: Model, frame: Frame, wishes: Wishes) -> Estimated:
+    """Time of a few microbatches, stretched to all of them, and the optimum's recomputation."""
+    shortened = replace(frame, static=wishes.allocator != "off")
+    priced = model.price(shortened.setup(None))
+    seconds = priced.step_seconds
+    if not priced.fits(frame.host):
+        if wishes.activations == "off":
+            return Estimated(frame=frame, job=model.job, seconds=seconds, fault="activations do not fit")
+        try:
+            seconds += frame.setup(None).microbatches * estimate(model, shortened)
+        except InfeasibleError as fault:
+            return Estimated(frame=frame, job=model.job, seconds=float("inf"), fault=str(fault))
+    return Estimated(frame=frame, job=model.job, seconds=seconds)
+
+
+def _few_microbatches(job: Job) -> int:
+    """Enough for every schedule to reach its steady state, and a multiple of the ranks, as Megatron's own needs."""
+    return min(job.num_microbatches, max(3 * job.layout.pipeline, 4))
+
+
+def _losses(model: Model, wishes: Wishes) -> tuple[bool, ...]:
+    if wishes.vocabulary != "auto":
+        return (wishes.vocabulary == "fused",)
+    large = output_bytes(model.job, fused=False) > _LARGE_LOGITS * model.limit
+    return (False, True) if large else (False,)
+
+
+def _schedules(job: Job, names: Sequence[str]) -> Iterator[tuple[str, int | None, int]]:
+    """(name, group, chunks) of the schedules to weigh."""
+    layout = job.layout
+    if layout.pipeline == 1:
+        yield STOCK, None, 1
+        return
+    per_rank = job.model.num_layers // layout.pipeline
+    counts = [layout.chunks] if layout.chunks > 1 else [c for c in range(1, MOST_CHUNKS + 1) if per_rank % c == 0]
+    for name in names:
+        for chunks in counts:
+            if name == STOCK:
+                # Megatron's interleaved schedule divides microbatches evenly over the ranks.
+                if chunks == 1 or job.num_microbatches % layout.pipeline == 0:
+                    yield name, None, chunks
+                continue
+            family = FAMILIES[name]
+            if chunks >= family.min_chunks and (family.max_chunks is None or chunks <= family.max_chunks):
+                yield name, None, chunks
+
+
+def in_full(planned: LayoutPlan) -> LayoutPlan:
+    """The plan with all microbatches of the step, unless they are too many to go through one by one."""
+    best, job = planned.best, planned.job
+    count = job.num_microbatches * job.layout.pipeline * best.frame.schedule.placement.num_chunks
+    if not best.frame.more or count > _MOST_PASSES:
+        return planned
+    frame = replace(best.frame, schedule=_built(job, best.frame.name, best.frame.group, None), more=0)
+    plan = plan_activations(best.activations, job.model.num_layers) if best.activations.is_on else None
+    return replace(planned, best=replace(best, frame=frame, priced=planned.model.price(frame.setup(plan))))
+
+
+def _built(job: Job, name: str, group: int | None, microbatches: int | None) -> Schedule:
+    count = job.num_microbatches if microbatches is None else microbatches
+    layout = job.layout
+    if layout.pipeline == 1:
+        return _single(count)
+    family = name if name != STOCK else "interleaved" if layout.chunks > 1 else "1f1b"
+    request = Request(num_ranks=layout.pipeline, num_microbatches=count, num_chunks=layout.chunks, group=group)
+    return build_schedule(family, request)
+
+
+def _single(microbatches: int) -> Schedule:
+    return build_schedule("1f1b", Request(num_ranks=1, num_microbatches=microbatches))

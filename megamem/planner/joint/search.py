@@ -1,0 +1,215 @@
+"""All layouts of a number of GPUs, best first; and the two inverse questions.
+
+Each layout has a bound that no schedule can undercut: the work of its busiest rank, the shortest warm-up that chunks
+allow, and what its optimizer and gradient reduction show. Layouts are estimated in the order of this bound until it
+exceeds the best estimate; the best few are then planned in full. So nothing is left out but what cannot win.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from megamem.errors import InfeasibleError
+from megamem.ir.job import Job, Layout
+from megamem.planner.evaluation import Model
+from megamem.planner.hardware import Hardware
+from megamem.planner.joint.layout import LayoutPlan, Wishes, plan_layout
+from megamem.planner.joint.quick import Quick
+
+MICRO_BATCHES = (1, 2, 4, 8)
+_TO_PLAN = 2
+_LEAST_STEP = 1024  # tokens: the longest sequence is found to within so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Sizes of the layout that the user settled; None leaves them to the search."""
+
+    tensor: int | None = None
+    context: int | None = None
+    pipeline: int | None = None
+    chunks: int | None = None
+    expert: int | None = None
+    micro_batch_size: int | None = None
+
+    @property
+    def settles_all(self) -> bool:
+        """Whether there is one layout only."""
+        return None not in (self.tensor, self.context, self.pipeline, self.expert, self.micro_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: the plans in full, the best first, and how many layouts there were."""
+
+    plans: tuple[LayoutPlan, ...]
+    layouts: int
+    estimated: int
+
+
+def layouts_of(job: Job, gpus: int, hardware: Hardware, fixed: Fixed) -> Iterator[Job]:
+    """Every way to lay the job out that Megatron-Core would run: the job's own layout is not looked at."""
+    for tensor in _sizes(fixed.tensor, min(hardware.node, gpus)):
+        for pipeline in _sizes(fixed.pipeline, min(gpus // tensor, job.model.num_layers), any_size=True):
+            if job.model.num_layers % pipeline or gpus % (tensor * pipeline):
+                continue
+            for context in _sizes(fixed.context, gpus // (tensor * pipeline)):
+                data, rest = divmod(gpus, tensor * pipeline * context)
+                if not rest:
+                    yield from _completed(job, tensor, pipeline, context, data, fixed)
+
+
+def _completed(job: Job, tensor: int, pipeline: int, context: int, data: int, fixed: Fixed) -> Iterator[Job]:
+    """The layouts with these sizes: experts and microbatches."""
+    experts = job.model.experts
+    most = 1 if experts is None else min(experts.num_experts, data * context * tensor)
+    for expert in _sizes(fixed.expert, most):
+        for micro in (fixed.micro_batch_size,) if fixed.micro_batch_size else MICRO_BATCHES:
+            layout = Layout(
+                tensor=tensor,
+                sequence_parallel=tensor > 1,
+                context=context,
+                pipeline=pipeline,
+                chunks=fixed.chunks or 1,
+                expert=expert,
+                expert_tensor=1 if experts is not None and tensor > 1 else 0,
+                data=data,
+                distributed_optimizer=job.layout.distributed_optimizer,
+            )
+            found = replace(job, layout=layout, micro_batch_size=micro)
+            if not found.problems():
+                yield found
+
+
+def _sizes(fixed: int | None, most: int, *, any_size: bool = False) -> tuple[int, ...]:
+    if fixed is not None:
+        return (fixed,)
+    if any_size:
+        return tuple(range(1, most + 1))
+    return tuple(1 << power for power in range(most.bit_length()) if 1 << power <= most)
+
+
+def search(
+    job: Job,
+    gpus: int,
+    hardware: Hardware,
+    wishes: Wishes,
+    fixed: Fixed,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Found:
+    """The fastest layouts for the job on `gpus` GPUs. Raises InfeasibleError where none fits, with the nearest."""
+    jobs = list(layouts_of(job, gpus, hardware, fixed))
+    if not jobs:
+        raise InfeasibleError(_no_layout(job, gpus, fixed))
+    queue = sorted((Quick(Model(one, hardware, wishes.device)).bound(), number) for number, one in enumerate(jobs))
+    best: list[tuple[float, int]] = []  # the fastest estimates, as a heap of the slowest of them
+    fault, tried = "", 0
+    for least, number in queue:
+        if least == float("inf") or (len(best) == _TO_PLAN and least > -best[0][0]):
+            break
+        tried += 1
+        progress(f"{jobs[number].layout.text()} ({tried} of at most {len(jobs)} layouts)")
+        seconds, why = _estimate(jobs[number], hardware, wishes)
+        fault = fault or why
+        if seconds < float("inf"):
+            heapq.heappush(best, (-seconds, number))
+            if len(best) > _TO_PLAN:
+                heapq.heappop(best)
+    plans = []
+    for _, number in sorted(best, reverse=True):
+        try:
+            plans.append(plan_layout(jobs[number], hardware, wishes, progress))
+        except InfeasibleError as error:
+            fault = fault or str(error)
+    if not plans:
+        raise InfeasibleError(
+            f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {fault or 'weights alone do not fit'}"
+        )
+    plans.sort(key=lambda plan: plan.best.priced.step_seconds)
+    return Found(plans=tuple(plans), layouts=len(jobs), estimated=tried)
+
+
+def _estimate(job: Job, hardware: Hardware, wishes: Wishes) -> tuple[float, str]:
+    """The estimate of a layout, and why it has none."""
+    try:
+        return Quick(Model(job, hardware, wishes.device)).seconds(wishes), ""
+    except InfeasibleError as fault:
+        return float("inf"), f"{job.layout.text()}: {fault}"
+
+
+def _no_layout(job: Job, gpus: int, fixed: Fixed) -> str:
+    sizes = {name: size for name, size in vars(fixed).items() if size is not None}
+    given = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "any layout"
+    layout = Layout(**{name: size for name, size in sizes.items() if name != "micro_batch_size"})
+    unit = layout.tensor * layout.pipeline * layout.context
+    data, rest = divmod(gpus, unit)
+    if rest or not data:
+        return f"{gpus} GPUs cannot hold {given}; use a multiple of {unit}"
+    tried = replace(
+        job,
+        layout=replace(layout, data=data, sequence_parallel=layout.tensor > 1),
+        micro_batch_size=fixed.micro_batch_size or 1,
+    )
+    problems = tried.problems() or ["no division of the ranks works"]
+    return f"{gpus} GPUs, {given}: " + "; ".join(problems)
+
+
+def longest_sequence(
+    job: Job,
+    gpus: int,
+    hardware: Hardware,
+    wishes: Wishes,
+    fixed: Fixed,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[int, LayoutPlan]:
+    """The longest sequence that fits, and its plan; the batch keeps its number of sequences."""
+
+    def plan(length: int) -> LayoutPlan | None:
+        progress(f"{length} tokens")
+        return _leanest(replace(job, seq_length=length), gpus, hardware, wishes, fixed)
+
+    low, high, found = 0, 2 * _LEAST_STEP, None
+    while (better := plan(high)) is not None:
+        low, high, found = high, 2 * high, better
+        if high > 1 << 30:
+            break
+    while high - low > max(_LEAST_STEP, low // 64):
+        middle = (low + high) // 2 // _LEAST_STEP * _LEAST_STEP
+        better = plan(middle)
+        low, high, found = (middle, high, better) if better is not None else (low, middle, found)
+    if found is None:
+        raise InfeasibleError(f"not even {2 * _LEAST_STEP} tokens fit on {gpus} GPUs; use more of them")
+    return low, found
+
+
+def fewest_gpus(
+    job: Job, hardware: Hardware, wishes: Wishes, fixed: Fixed, progress: Callable[[str], None] = lambda text: None
+) -> tuple[int, LayoutPlan]:
+    """The fewest GPUs, a power of two or whole nodes, on which the job fits, and its plan."""
+    counts = [1 << power for power in range(4)] + [
+        8 * count for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+    ]
+    for gpus in counts:
+        progress(f"{gpus} GPUs")
+        found = _leanest(job, gpus, hardware, wishes, fixed)
+        if found is not None:
+            return gpus, found
+    raise InfeasibleError(f"the job does not fit on {counts[-1]} GPUs")
+
+
+def _leanest(job: Job, gpus: int, hardware: Hardware, wishes: Wishes, fixed: Fixed) -> LayoutPlan | None:
+    """A plan of the layouts that need least memory, if there is one: most model parallelism first."""
+    jobs = sorted(
+        layouts_of(job, gpus, hardware, replace(fixed, micro_batch_size=fixed.micro_batch_size or 1)),
+        key=lambda one: (one.layout.data, -one.layout.sequence_shards, one.layout.pipeline),
+    )
+    for one in jobs[:24]:
+        if _estimate(one, hardware, wishes)[0] == float("inf"):
+            continue
+        try:
+            return plan_layout(one, hardware, wishes)
+        except InfeasibleError:
+            continue
+    return None
