@@ -1,5 +1,6 @@
 """The `megamem` command. It starts without torch; a subcommand imports what it needs when it runs.
 
+megamem plan       the settings that train a model fastest on given GPUs, and why
 megamem run        run a training script with megamem switched on
 megamem doctor     what of megamem works with what is installed here
 megamem config     check, resolve and describe configurations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from megamem import __version__
 from megamem.config import add_arguments, config_from_args, json_schema, options_table
 from megamem.errors import MegamemError
+from megamem.plan import add_plan
 from megamem.plan_report import add_report
 from megamem.profile import add_profile
 from megamem.run import add_run
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megamem {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_run(commands)
+    add_plan(commands)
     _add_doctor(commands)
     _add_config(commands)
     _add_simulate(commands)

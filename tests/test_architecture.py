@@ -44,11 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "simulate": LEAVES | {"ir", "planner", "report"},
     "solve": LEAVES | {"ir", "planner", "report"},
     "profile": LEAVES | {"ir", "integrations", "testing"},  # testing: the rig on which Megatron runs without a GPU
+    "plan": LEAVES | {"ir", "planner", "report", "plan_text"},
+    "plan_text": LEAVES | {"ir"},
     "plan_report": LEAVES | {"ir", "planner", "profiler", "report"},
     "run": LEAVES | {"integrations", "testing"},  # testing: the rig, for --cpu
     "cli": LEAVES
     | {"__init__", "ir", "planner", "profiler", "report", "integrations"}
-    | {"doctor", "simulate", "solve", "profile", "plan_report", "run"},
+    | {"doctor", "simulate", "solve", "profile", "plan", "plan_report", "run"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"integrations", "runtime"},  # runtime: the type of one argument of `enable`
 }
@@ -65,7 +67,9 @@ STARTS_FAST = {
     "simulate",
     "solve",
     "profile",
+    "plan",
     "plan_report",
+    "plan_text",
     "run",
     "cli",
     "__main__",

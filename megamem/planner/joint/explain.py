@@ -30,6 +30,7 @@ from megamem.planner.fractions.problem import Limits
 from megamem.planner.fractions.rank import groups_of, moments_of
 from megamem.planner.fractions.table import text_of
 from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, in_full
+from megamem.planner.joint.search import Found
 from megamem.planner.joint.settle import Frame, Settled, settle
 from megamem.planner.memory.activations import ActivationMemory
 from megamem.sections import Activations, Allocator, Scheduling, Vocabulary
@@ -79,15 +80,19 @@ def explain(planned: LayoutPlan, wishes: Wishes, extra: Sequence[Alternative] = 
 def config_of(settled: Settled) -> Config:
     """The settings that a setup needs, with no `auto` left."""
     frame = settled.frame
-    schedule = Scheduling()
-    if frame.name != STOCK:
-        chunks = frame.schedule.placement.num_chunks
+    schedule, vocabulary = Scheduling(), Vocabulary(fused_loss=frame.fused_loss)
+    chunks = frame.schedule.placement.num_chunks
+    name = frame.name
+    if frame.barriers is not None:
+        vocabulary = Vocabulary(parallel=True, barriers=frame.barriers)
+        name = ("interleaved" if chunks > 1 else "1f1b") if name == STOCK else name  # its passes need a schedule
+    if name != STOCK:
         group = {} if frame.group is None else {"group": frame.group}
-        schedule = Scheduling(name=frame.name, chunks=chunks, **group)  # type: ignore[arg-type]
+        schedule = Scheduling(name=name, chunks=chunks, **group)  # type: ignore[arg-type]
     return Config(
         activations=settled.activations,
         schedule=schedule,
-        vocabulary=Vocabulary(fused_loss=True) if frame.fused_loss else Vocabulary(),
+        vocabulary=vocabulary,
         allocator=Allocator(mode="static") if frame.static else Allocator(),
     )
 
@@ -118,12 +123,12 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
         why = "as asked" if wishes.schedule != "auto" else f"the fastest that fits{behind}"
         yield Decision(subject="schedule.name", fate=fate, reason=f"{why}; ranks idle {idle:.1%} of the step")
     logits = max(rank.kinds.get("output_layer", 0) for rank in best.priced.memory)
-    text = (
-        f"logits and loss would not leave the room that recomputation saves; now {logits / 2**30:.1f} GiB"
-        if frame.fused_loss
-        else f"logits and loss take {logits / 2**30:.1f} GiB, and leaving them saves a matrix product"
-    )
-    yield Decision(subject="vocabulary.fused_loss", fate=str(frame.fused_loss).lower(), nbytes=logits, reason=text)
+    text = f"logits and loss take {logits / 2**30:.1f} GiB, and leaving them saves a matrix product"
+    if frame.fused_loss:
+        text = f"the logits' memory saves more than their second product costs; now {logits / 2**30:.1f} GiB"
+    if frame.barriers is not None:
+        text = "the last rank would be slower and fuller than the others; now all of them share the output layer"
+    yield Decision(subject="vocabulary", fate=_loss_text(frame), nbytes=logits, reason=text)
     lost = max(rank.kinds.get("fragmentation", 0) for rank in best.priced.memory)
     text = (
         "memory that the caching allocator cannot use would have to be saved by recomputation or waits"
@@ -191,6 +196,24 @@ def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):.1f} %"
 
 
+def layouts(found: Found) -> list[Alternative]:
+    """The other layouts of a search, against the best."""
+    best = found.plans[0].best.priced.step_seconds
+    return [
+        _alternative(
+            f"{plan.job.layout.text()}, microbatches of {plan.job.micro_batch_size}",
+            plan.best.priced,
+            plan.best.frame.host,
+            best,
+            {
+                f"layout.{name}": str(getattr(plan.job.layout, name))
+                for name in ("tensor", "context", "pipeline", "expert")
+            },
+        )
+        for plan in found.plans[1:]
+    ]
+
+
 # -- alternatives ------------------------------------------------------------------------------------------------------
 
 
@@ -222,10 +245,14 @@ def _settled(planned: LayoutPlan) -> Iterable[Alternative]:
     """Other schedules and losses, with activations of their own."""
     best = planned.best.priced.step_seconds
     for one in planned.others:
-        settings = {"schedule.name": one.frame.name, "vocabulary.fused_loss": str(one.frame.fused_loss).lower()}
+        settings = {"schedule.name": one.frame.name, "vocabulary": _loss_text(one.frame)}
         chunks = one.frame.schedule.placement.num_chunks
-        name = f"{_schedule_text(one.frame.name, chunks)}{', fused loss' if one.frame.fused_loss else ''}"
+        name = f"{_schedule_text(one.frame.name, chunks)}, {_loss_text(one.frame)}"
         yield _alternative(name, one.priced, one.frame.host, best, settings)
+
+
+def _loss_text(frame: Frame) -> str:
+    return "shared vocabulary" if frame.barriers else "fused loss" if frame.fused_loss else "whole logits"
 
 
 def _schedule_text(name: str, chunks: int) -> str:

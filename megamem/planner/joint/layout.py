@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from megamem.errors import InfeasibleError, MegamemError
 from megamem.ir.job import Job
-from megamem.ir.schedule import Schedule
+from megamem.ir.schedule import Barriers, Schedule
+from megamem.ir.workload import StageCost, Uniform, Workload
 from megamem.planner.activations import plan_activations
+from megamem.planner.costs.work import layer_work, output_flops
 from megamem.planner.evaluation import Model, Priced
 from megamem.planner.hardware import Hardware
 from megamem.planner.joint.settle import Frame, Settled, estimate, job_text, settle
@@ -29,6 +31,7 @@ MOST_CHUNKS = 4
 _TO_SETTLE = 2
 _LARGE_LOGITS = 0.03  # of device memory: below, the fused loss is not weighed
 _MOST_PASSES = 4000  # microbatches x stages of a step that are priced one by one
+_LARGE_OUTPUT = 0.03  # of a rank's time: below, vocabulary parallelism is not weighed
 _WORTH_STATIC = 0.005  # of the step, in recomputation and waits
 
 
@@ -37,7 +40,7 @@ class Wishes:
     """What the user settled; `auto` leaves it to the planner.
 
     schedule:   a name of `schedule.name`, or `off` for Megatron's own
-    vocabulary: `off` or `fused`
+    vocabulary: `off`, `fused` or `parallel`
     allocator:  `off` or `static`
     activations:  `off`, or `auto`
     host:       bytes of host memory per rank
@@ -169,15 +172,22 @@ def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]
     for name, group, chunks in _schedules(job, names):
         chunked = replace(job, layout=replace(job.layout, chunks=chunks))
         model = Model(chunked, hardware, wishes.device)
-        try:
-            short = _built(chunked, name, group, few)
-        except MegamemError as fault:
-            frame = Frame(name=name, schedule=_single(1), group=group)
-            yield Estimated(frame=frame, job=chunked, seconds=float("inf"), fault=str(fault))
-            continue
-        for fused in _losses(model, wishes):
-            more = job.num_microbatches - short.num_microbatches
-            frame = Frame(name=name, schedule=short, group=group, fused_loss=fused, host=wishes.host, more=more)
+        for fused, barriers in _losses(model, wishes):
+            try:
+                short = _built(chunked, name, group, few, barriers)
+            except MegamemError as fault:
+                frame = Frame(name=name, schedule=_single(1), group=group, barriers=barriers)
+                yield Estimated(frame=frame, job=chunked, seconds=float("inf"), fault=str(fault))
+                continue
+            frame = Frame(
+                name=name,
+                schedule=short,
+                group=group,
+                fused_loss=fused,
+                barriers=barriers,
+                host=wishes.host,
+                more=job.num_microbatches - short.num_microbatches,
+            )
             yield _estimated(model, frame, wishes)
 
 
@@ -201,11 +211,31 @@ def _few_microbatches(job: Job) -> int:
     return min(job.num_microbatches, max(3 * job.layout.pipeline, 4))
 
 
-def _losses(model: Model, wishes: Wishes) -> tuple[bool, ...]:
+def _losses(model: Model, wishes: Wishes) -> tuple[tuple[bool, Barriers | None], ...]:
+    """(fused, barriers) of the output layers to weigh."""
+    variants: dict[str, tuple[bool, Barriers | None]] = {
+        "off": (False, None),
+        "fused": (True, None),
+        "parallel": (False, 1),
+    }
     if wishes.vocabulary != "auto":
-        return (wishes.vocabulary == "fused",)
-    large = output_bytes(model.job, fused=False) > _LARGE_LOGITS * model.limit
-    return (False, True) if large else (False,)
+        is_alone = wishes.vocabulary == "parallel" and model.job.layout.pipeline == 1
+        return (variants["fused" if is_alone else wishes.vocabulary],)
+    chosen = ["off"]
+    if output_bytes(model.job, fused=False) > _LARGE_LOGITS * model.limit:
+        chosen.append("fused")
+    if model.job.layout.pipeline > 1 and _output_share(model) > _LARGE_OUTPUT:
+        chosen.append("parallel")
+    return tuple(variants[name] for name in chosen)
+
+
+def _output_share(model: Model) -> float:
+    """Time of the output layer over that of a rank's layers."""
+    job = model.job
+    work = model.layer(job.model.num_layers)
+    layers = job.model.num_layers // job.layout.pipeline
+    each = work.forward.total + work.backward.total + work.weight.total
+    return 3 * output_flops(job) / model.hardware.gemm / (layers * each)
 
 
 def _schedules(job: Job, names: Sequence[str]) -> Iterator[tuple[str, int | None, int]]:
@@ -234,19 +264,48 @@ def in_full(planned: LayoutPlan) -> LayoutPlan:
     count = job.num_microbatches * job.layout.pipeline * best.frame.schedule.placement.num_chunks
     if not best.frame.more or count > _MOST_PASSES:
         return planned
-    frame = replace(best.frame, schedule=_built(job, best.frame.name, best.frame.group, None), more=0)
+    schedule = _built(job, best.frame.name, best.frame.group, None, best.frame.barriers)
+    frame = replace(best.frame, schedule=schedule, more=0)
     plan = plan_activations(best.activations, job.model.num_layers) if best.activations.is_on else None
     return replace(planned, best=replace(best, frame=frame, priced=planned.model.price(frame.setup(plan))))
 
 
-def _built(job: Job, name: str, group: int | None, microbatches: int | None) -> Schedule:
+def _built(
+    job: Job, name: str, group: int | None, microbatches: int | None, barriers: Barriers | None = None
+) -> Schedule:
     count = job.num_microbatches if microbatches is None else microbatches
     layout = job.layout
     if layout.pipeline == 1:
         return _single(count)
     family = name if name != STOCK else "interleaved" if layout.chunks > 1 else "1f1b"
-    request = Request(num_ranks=layout.pipeline, num_microbatches=count, num_chunks=layout.chunks, group=group)
+    request = Request(
+        num_ranks=layout.pipeline,
+        num_microbatches=count,
+        num_chunks=layout.chunks,
+        group=group,
+        vocabulary=barriers,
+        workload=_workload(job) if barriers else Uniform(),
+    )
     return build_schedule(family, request)
+
+
+def _workload(job: Job) -> Workload:
+    """Relative costs of layers and output layer, by their FLOPs: what places the vocabulary's passes."""
+    works = [layer_work(job, number) for number in range(1, job.model.num_layers + 1)]
+    output = output_flops(job)
+    return Workload(
+        layers=tuple(
+            StageCost(
+                forward=work.gemm + work.attention,
+                backward=work.gemm + 2 * work.attention,
+                weight=work.gemm,
+                activation=1.0,
+                weight_grad=1.0,
+            )
+            for work in works
+        ),
+        last=StageCost(forward=output, backward=output, weight=output, activation=0.0, weight_grad=0.0),
+    )
 
 
 def _single(microbatches: int) -> Schedule:

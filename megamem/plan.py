@@ -1,0 +1,285 @@
+"""`megamem plan`: which settings train this model on these GPUs, how fast, in how much memory, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megamem.errors import ConfigError
+from megamem.options import Bytes, Invalid
+
+if TYPE_CHECKING:
+    from megamem.config import Config
+    from megamem.ir.job import Job
+    from megamem.planner.joint.layout import Wishes
+    from megamem.planner.joint.search import Fixed
+
+_EXAMPLES = """examples:
+  megamem plan --model config.json --gpus 8 --gpu h100 --seq-length 256k -o plan.yaml
+  megamem plan --model llama3-70b --gpus 64 --gpu h200 --seq-length 128k --global-batch-size 64 --top 5
+  megamem plan --model qwen3-30b-a3b --gpus 16 --gpu gb200 --seq-length 32k --expert-model-parallel-size 8
+  megamem plan --model gpt-7b --gpus 8 --gpu a800 --max-seq           how long can a sequence be?
+  megamem plan --model llama3-70b --gpu h100 --seq-length 32k --min-gpus
+  megamem plan --from-megatron-args "$(cat launch.sh)" --gpu h100     what would megamem do for this job?
+  megamem plan --from-yaml run.yaml --gpus 16 --gpu profile.json      a Megatron-Bridge configuration, measured GPUs
+  torchrun --nproc-per-node 8 pretrain_gpt.py $(megamem plan --read plan.yaml --flags) --megamem plan.yaml ...
+
+Sizes of the layout that are not given are searched. Models: names (--list), a Hugging Face config.json or the folder
+with it. GPUs: names (--list), or what `megamem profile --hardware` wrote. Sequence lengths may end in k (1024).
+"""
+
+_LAYOUT = {
+    "tensor": "--tensor-model-parallel-size",
+    "pipeline": "--pipeline-model-parallel-size",
+    "chunks": "--num-virtual-stages-per-pipeline-rank",
+    "context": "--context-parallel-size",
+    "expert": "--expert-model-parallel-size",
+    "micro_batch_size": "--micro-batch-size",
+}
+_TOKENS_PER_STEP = 4 << 20  # of the default batch
+_HOST_SHARE = 0.5  # of the machine's memory: what activations.host_memory: auto takes
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    plan = commands.add_parser(
+        "plan",
+        help="the settings that train a model fastest on given GPUs, and why",
+        description="Weigh layout, schedule, output layer, allocator and the fate of every activation under memory and "
+        "time; write the result as a configuration that runs unchanged, with what it predicts beside it. Needs neither "
+        "a GPU nor PyTorch.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = plan.add_argument_group("the model (one of these)")
+    model.add_argument("--model", metavar="NAME|FILE", help="a name, or a Hugging Face config.json")
+    model.add_argument("--from-megatron-args", metavar="LINE", help="a launch line of Megatron-LM")
+    model.add_argument(
+        "--from-yaml", metavar="FILE", help="a Megatron-Bridge configuration, or MODEL_ARGS of Megatron-LM"
+    )
+    model.add_argument("--read", metavar="PLAN.yaml", help="show a plan that was made before")
+    model.add_argument("--list", action="store_true", help="list the models and GPUs that have names, and exit")
+    job = plan.add_argument_group("the job")
+    job.add_argument("--gpus", metavar="N", type=int, help="how many GPUs")
+    job.add_argument(
+        "--gpu", metavar="NAME|FILE", default="h100", help="which (default: %(default)s), or a measured profile"
+    )
+    job.add_argument("--seq-length", metavar="N", help="tokens of a sequence: 131072, or 128k")
+    job.add_argument(
+        "--global-batch-size", metavar="N", type=int, help="sequences of a step (default: 4Mi tokens of them)"
+    )
+    job.add_argument("--transformer-impl", choices=("transformer_engine", "local"), default="transformer_engine")
+    job.add_argument("--fp32", action="store_true", help="weights and activations in fp32 (default: bf16)")
+    layout = plan.add_argument_group("the layout; what is not given is searched")
+    for name, flag in _LAYOUT.items():
+        layout.add_argument(flag, metavar="N", type=int, dest=f"fixed_{name}")
+    wishes = plan.add_argument_group("settings; what is not given is weighed")
+    wishes.add_argument(
+        "--schedule", metavar="NAME", default="auto", help="a name of schedule.name; off for Megatron's own"
+    )
+    wishes.add_argument("--vocabulary", choices=("auto", "off", "fused", "parallel"), default="auto")
+    wishes.add_argument("--allocator", choices=("auto", "off", "static"), default="auto")
+    wishes.add_argument("--activations", choices=("auto", "off"), default="auto")
+    wishes.add_argument("--device-memory", metavar="SIZE", help="of each GPU, for training (default: all of it)")
+    wishes.add_argument("--host-memory", metavar="SIZE", help="pinned memory per GPU (default: half of the machine's)")
+    inverse = plan.add_argument_group("the inverse questions").add_mutually_exclusive_group()
+    inverse.add_argument("--max-seq", action="store_true", help="the longest sequence that fits")
+    inverse.add_argument("--min-gpus", action="store_true", help="the fewest GPUs on which it fits")
+    output = plan.add_argument_group("output")
+    output.add_argument("-o", "--output", metavar="PLAN.yaml", help="write the plan")
+    output.add_argument("--html", metavar="FILE", help="write it as a page, too")
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the plan as JSON")
+    form.add_argument("--flags", action="store_true", help="print the flags of Megatron-LM that go with it")
+    output.add_argument("--top", metavar="K", type=int, default=8, help="alternatives to show (default: %(default)s)")
+    plan.set_defaults(run=run_plan)
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Plan and print. Raises MegamemError with everything that is wrong, or with what is short."""
+    if arguments.list:
+        from megamem.planner.hardware import names as gpus
+        from megamem.planner.models import names as models
+
+        print(f"models: {', '.join(models())}\nGPUs: {', '.join(gpus())}")
+        return 0
+    config = _read(arguments.read) if arguments.read else _made(arguments)
+    if arguments.output:
+        _write(Path(arguments.output), config.to_yaml())
+    if arguments.html:
+        _page(config, arguments)
+    assert config.plan is not None
+    if arguments.json:
+        print(json.dumps({"megamem": config.to_dict()}, indent=1))
+    elif arguments.flags:
+        from megamem.planner.models import flags_of
+
+        print(" ".join(flags_of(config.plan.made_for.job)))
+    else:
+        from megamem.plan_text import text_of_plan
+
+        print(text_of_plan(config, top=arguments.top))
+        if arguments.output:
+            print(f"\nwritten to {arguments.output}; run it with --megamem {arguments.output}")
+    return 0
+
+
+def _read(path: str) -> Config:
+    from megamem.config import load_config
+
+    config = load_config(path)
+    if config.plan is None or config.plan.predicted is None:
+        raise ConfigError(f"{path}: no plan; megamem plan -o {path} makes one")
+    return config
+
+
+def _made(arguments: argparse.Namespace) -> Config:
+    from megamem.planner.hardware import load_hardware
+    from megamem.planner.joint import explain, search
+    from megamem.planner.joint.layout import plan_layout
+
+    hardware = load_hardware(arguments.gpu)
+    job, gpus, fixed = job_of(arguments)
+    wishes = _wishes(arguments, hardware.host_memory)
+    progress = _progress()
+    if arguments.max_seq:
+        length, planned = search.longest_sequence(job, gpus, hardware, wishes, fixed, progress)
+        print(f"longest sequence that fits: {length} tokens on {gpus} GPUs", file=sys.stderr)
+        return explain.explain(planned, wishes)
+    if arguments.min_gpus:
+        count, planned = search.fewest_gpus(job, hardware, wishes, fixed, progress)
+        print(f"fewest GPUs on which it fits: {count}", file=sys.stderr)
+        return explain.explain(planned, wishes)
+    if fixed.settles_all:
+        jobs = list(search.layouts_of(job, gpus, hardware, fixed))
+        if len(jobs) == 1:
+            return explain.explain(plan_layout(jobs[0], hardware, wishes, progress), wishes)
+    found = search.search(job, gpus, hardware, wishes, fixed, progress)
+    return explain.explain(found.plans[0], wishes, explain.layouts(found))
+
+
+def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
+    """The job, its number of GPUs, and the sizes of its layout that are settled. Raises ConfigError."""
+    from megamem.ir.job import Job, Layout
+    from megamem.planner.joint.search import Fixed
+    from megamem.planner.models import job_of_flags, job_of_yaml, load_model
+
+    sources = [arguments.model, arguments.from_megatron_args, arguments.from_yaml]
+    if sum(source is not None for source in sources) != 1:
+        raise ConfigError("give one of --model, --from-megatron-args, --from-yaml and --read")
+    sizes = {name: getattr(arguments, f"fixed_{name}") for name in _LAYOUT}
+    length = None if arguments.seq_length is None else tokens(arguments.seq_length)
+    problems = [
+        f"{flag} must be at least 1" for name, flag in _LAYOUT.items() if sizes[name] is not None and sizes[name] < 1
+    ]
+    if arguments.model is not None:
+        needed = [("--gpus", arguments.gpus is None and not arguments.min_gpus)]
+        needed.append(("--seq-length", length is None and not arguments.max_seq))
+        problems += [f"{flag}: needed with --model" for flag, is_missing in needed if is_missing]
+        if problems:
+            raise ConfigError(problems)
+        job = Job(
+            model=load_model(arguments.model),
+            layout=Layout(),
+            seq_length=length or 4096,
+            bf16=not arguments.fp32,
+            spec=arguments.transformer_impl,
+        )
+    else:
+        read = job_of_flags if arguments.from_yaml is None else job_of_yaml
+        job = read(arguments.from_megatron_args or arguments.from_yaml, arguments.gpus)  # type: ignore[operator]
+        job = job if length is None else replace(job, seq_length=length)
+        for name in ("tensor", "pipeline", "context", "expert"):
+            sizes[name] = sizes[name] or getattr(job.layout, name)
+        sizes["chunks"] = sizes["chunks"] or (job.layout.chunks if job.layout.chunks > 1 else None)
+        sizes["micro_batch_size"] = sizes["micro_batch_size"] or job.micro_batch_size
+    if problems:
+        raise ConfigError(problems)
+    gpus = arguments.gpus or job.layout.world_size
+    batch = arguments.global_batch_size or (
+        job.global_batch_size if arguments.model is None else _batch(job.seq_length, gpus)
+    )
+    if gpus < 1 or batch < 1:
+        raise ConfigError("--gpus and --global-batch-size must be at least 1")
+    return replace(job, global_batch_size=batch), gpus, Fixed(**sizes)
+
+
+def _batch(length: int, gpus: int) -> int:
+    """Sequences of about four million tokens: a power of two, so that layouts divide it."""
+    wanted = max(1, _TOKENS_PER_STEP // length)
+    size = 1
+    while size * 2 <= max(wanted, gpus // 8):
+        size *= 2
+    return size
+
+
+def tokens(text: str) -> int:
+    """`131072`, `128k` or `1m` as a number. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text.strip())
+    if match is None or not int(match[1]):
+        raise ConfigError(f"--seq-length {text}: give a number of tokens such as 131072 or 128k")
+    return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
+
+
+def _wishes(arguments: argparse.Namespace, machine: int) -> Wishes:
+    from megamem.options import suggestion
+    from megamem.planner.joint.layout import Wishes
+    from megamem.sections import SCHEDULES
+
+    if arguments.schedule not in ("auto", "off", *SCHEDULES):
+        raise ConfigError(f"--schedule {arguments.schedule}: unknown; {suggestion(arguments.schedule, SCHEDULES)}")
+    host = _size("--host-memory", arguments.host_memory)
+    return Wishes(
+        schedule=arguments.schedule,
+        vocabulary=arguments.vocabulary,
+        allocator=arguments.allocator,
+        activations=arguments.activations,
+        host=float(machine * _HOST_SHARE if host is None else host),
+        device=_size("--device-memory", arguments.device_memory),
+    )
+
+
+def _size(flag: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(Bytes().parse(text))
+    except (Invalid, ValueError) as fault:
+        raise ConfigError(f"{flag}: {fault}") from None
+
+
+def _progress() -> Callable[[str], None]:
+    """Tells what is being looked at, on a terminal."""
+    if not sys.stderr.isatty():
+        return lambda text: None
+
+    def show(text: str) -> None:
+        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _page(config: Config, arguments: argparse.Namespace) -> None:
+    import yaml
+
+    from megamem.report.page import PlanReport, render_page
+
+    assert config.plan is not None
+    settings: dict[str, Any] = {"megamem": config.settings()}
+    text = yaml.safe_dump(settings, sort_keys=False, width=100)
+    command = "megamem plan " + (f"--read {arguments.read}" if arguments.read else "")
+    _write(Path(arguments.html), render_page(PlanReport(plan=config.plan, settings=text, command=command.strip())))
