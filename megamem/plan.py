@@ -193,7 +193,7 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
         )
     else:
         read = job_of_flags if arguments.from_yaml is None else job_of_yaml
-        job = read(arguments.from_megatron_args or arguments.from_yaml, arguments.gpus)  # type: ignore[operator]
+        job = read(arguments.from_megatron_args or arguments.from_yaml, arguments.gpus)
         job = job if length is None else replace(job, seq_length=length)
         for name in ("tensor", "pipeline", "context", "expert"):
             sizes[name] = sizes[name] or getattr(job.layout, name)

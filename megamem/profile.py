@@ -18,6 +18,7 @@ EXAMPLES = """examples:
       --num-query-groups 8 --swiglu --disable-bias-linear --normalization RMSNorm --seq-length 8192 \\
       --vocab-size 128256 --bf16 --link-gb-per-s 40 --output costs.json
   torchrun --nproc-per-node 8 -m megamem profile ... --tensor-model-parallel-size 8 --sequence-parallel
+  megamem profile --hardware --output profile.json      rates of this machine, for megamem plan --gpu profile.json
   megamem profile ... --allocations trace.csv.gz && megamem solve trace.csv.gz
   megamem simulate --schedule auto --stages 8 --microbatches 64 --costs costs.json --memory-limit 40GiB
 
@@ -37,14 +38,14 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_argument_group("the model, named as Megatron names it")
-    model.add_argument("--num-layers", type=int, required=True)
-    model.add_argument("--hidden-size", type=int, required=True)
-    model.add_argument("--num-attention-heads", type=int, required=True)
+    model.add_argument("--num-layers", type=int)
+    model.add_argument("--hidden-size", type=int)
+    model.add_argument("--num-attention-heads", type=int)
     model.add_argument("--ffn-hidden-size", type=int, help="default: 4 h")
     model.add_argument("--num-query-groups", type=int, help="default: as many as heads")
-    model.add_argument("--seq-length", type=int, required=True)
+    model.add_argument("--seq-length", type=int)
     model.add_argument("--micro-batch-size", type=int, default=1)
-    model.add_argument("--vocab-size", type=int, required=True)
+    model.add_argument("--vocab-size", type=int)
     model.add_argument("--swiglu", action="store_true")
     model.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
     model.add_argument("--disable-bias-linear", action="store_true")
@@ -54,6 +55,11 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--link-gb-per-s", type=float, help="bandwidth between pipeline ranks (default: endless)")
     parser.add_argument("--repetitions", type=int, default=10, help="default: 10, after 2 to warm up")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the costs file to write")
+    parser.add_argument(
+        "--hardware",
+        action="store_true",
+        help="measure this machine instead: products and attention at the shapes above, links, pinning, disk",
+    )
     allocations = parser.add_argument_group("allocations: trace malloc and free of one iteration, instead of times")
     allocations.add_argument(
         "--allocations",
@@ -74,6 +80,8 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run_profile(arguments: argparse.Namespace) -> int:
     """Measure and write; rank 0 does the talking."""
+    if arguments.hardware:
+        return _measure_hardware(arguments)
     _check(arguments)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="megatron")  # about absent packages that are not needed
@@ -101,11 +109,40 @@ def run_profile(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(file=sys.stderr)
         content = workload.to_dict()
-        part = arguments.output.with_name(arguments.output.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(arguments.output)
+        _write_json(arguments.output, content)
         print(_table(content))
     return 0
+
+
+def _measure_hardware(arguments: argparse.Namespace) -> int:
+    """Measure the machine; every process does, so that shared links show, and the first one writes."""
+    if arguments.output is None or not arguments.output.resolve().parent.is_dir():
+        raise ConfigError("--hardware needs --output FILE.json, in a folder that is there")
+    try:
+        from megamem.integrations.hardware_run import measure_here
+    except ModuleNotFoundError as fault:
+        if (fault.name or "").partition(".")[0] not in ("torch", "megatron"):
+            raise
+        raise MissingPackage(f'megamem profile needs {fault.name}; pip install "megamem[train]"') from fault
+    content = measure_here(arguments)
+    if content is not None:
+        _write_json(arguments.output, content)
+        print(_rates_table(content))
+    return 0
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _rates_table(content: dict[str, Any]) -> str:
+    lines = [f"{content['device']}, {content['ranks']} process(es) at once"]
+    for name, entry in content["hardware"].items():
+        values = [value for key, value in entry.items() if key != "source"]
+        lines.append(f"{name:<22}{values[-1]:>14.4g}   {entry['source']}")
+    return "\n".join(lines)
 
 
 def _trace_allocations(arguments: argparse.Namespace) -> int:
@@ -123,6 +160,9 @@ def _trace_allocations(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Everything that is wrong with the flags, before torch is loaded."""
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
+    if missing := [f"--{name.replace('_', '-')}: needed" for name in needed if getattr(arguments, name) is None]:
+        raise ConfigError(missing)
     heads, tp = arguments.num_attention_heads, arguments.tensor_model_parallel_size
     names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "vocab_size")
     positive = (*names, "tensor_model_parallel_size", "repetitions", "num_microbatches")

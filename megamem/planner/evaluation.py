@@ -152,6 +152,10 @@ class Model:
         """Time and memory of a setup."""
         return _Pricing(self, setup).run()
 
+    def step_seconds(self, setup: Setup) -> float:
+        """The time of a step alone, in a fraction of the effort."""
+        return _Pricing(self, setup).step_seconds()
+
 
 class _Pricing:
     """The steps of one price."""
@@ -177,6 +181,12 @@ class _Pricing:
             books=books,
             busiest=busiest,
         )
+
+    def step_seconds(self) -> float:
+        """As `run` has it, without looking at memory."""
+        stages = [self._stage(stage) for stage in range(self.placement.num_stages)]
+        _, kinds = self._kinds(stages, simulate(self.setup.schedule, self._costs(stages)))
+        return sum(kinds.values())
 
     # -- time ------------------------------------------------------------------------------------------------------
 

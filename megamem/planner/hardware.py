@@ -130,6 +130,12 @@ def names() -> list[str]:
     return list(_table()["gpus"])
 
 
+def plain_row(name: str) -> dict[str, dict[str, Any]]:
+    """A row as the table has it: what a profile falls back on for what it cannot measure."""
+    row = _row(_table(), name)
+    return {item.name: dict(row[item.name]) for item in fields(Hardware) if item.name not in ("name", "sources")}
+
+
 def row_of_device(device: str) -> str | None:
     """The row for the name by which CUDA calls a device, such as `NVIDIA H100 80GB HBM3`; None where there is none."""
     fitting = [

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megamem.errors import ConfigError
-from megamem.planner.hardware import TABLE, Rates, _table, load_hardware, names, row_of_device
+from megamem.planner.hardware import TABLE, Rates, _table, load_hardware, names, plain_row, row_of_device
 
 CARDS = ("a100", "a800", "h100", "h200", "b200", "gb200")
 
@@ -39,12 +38,6 @@ def test_rates_follow_the_logarithm_between_points_and_stay_beyond_them() -> Non
     rates = Rates(((1024, 100.0), (4096, 200.0)))
     found = [rates.at(size) for size in (16, 1024, 2048, 4096, 1 << 20)]
     assert found == pytest.approx([100, 100, 150, 200, 200])
-
-
-def plain_row(name: str) -> dict[str, Any]:
-    table = _table()
-    row = {**table["defaults"], **table["gpus"][name]}
-    return {key: value for key, value in row.items() if key not in ("names", "like")}
 
 
 def test_a_measured_profile_takes_the_place_of_a_row(tmp_path: Path) -> None:

@@ -199,3 +199,9 @@ def fits(problem: Problem, shares: tuple[Shares, ...], tolerance: float = 1e-6) 
     return device_bytes(problem, shares) <= problem.limits.device * (1 + tolerance) and host_bytes(
         problem, shares
     ) <= problem.limits.host * (1 + tolerance)
+
+
+def all_kept(problem: Problem) -> tuple[Shares, ...]:
+    """Everything in device memory: what autograd alone would do."""
+    names = (*BASE, SAVED)
+    return tuple(Shares(kept={name: 1.0 for name in names if name in group.nbytes}) for group in problem.groups)

@@ -9,7 +9,7 @@ from megamem.ir.activation import BASE, SAVED, Fate
 from megamem.ir.schedule import Schedule
 from megamem.planner.evaluation import Model
 from megamem.planner.fractions.linear import solve
-from megamem.planner.fractions.problem import Group, Limits, Problem, Solution
+from megamem.planner.fractions.problem import Group, Limits, Problem
 from megamem.planner.fractions.table import realise, rows_of
 from megamem.planner.memory.activations import ActivationMemory
 from megamem.planner.memory.inventory import storage_bytes
@@ -102,12 +102,6 @@ def problem_of(
         moments=moments_of(schedule, rank, assigned),
     )
     return problem, assigned
-
-
-def optimum(model: Model, schedule: Schedule, rank: int, device: float, host: float) -> tuple[Solution, list[Assigned]]:
-    """The exact optimum of a rank. Raises InfeasibleError."""
-    problem, assigned = problem_of(model, schedule, rank, device, host)
-    return solve(problem), assigned
 
 
 def fates_of_rank(

@@ -36,7 +36,7 @@ from megamem.planner.memory.activations import ActivationMemory
 from megamem.sections import Activations, Allocator, Scheduling, Vocabulary
 
 _MOST_ACTIONS = 6000  # of a plan's picture of the pipeline
-_FRONT = (0.5, 0.7, 0.85)  # shares of the memory limit at which the front is looked at, besides all of it
+_FRONT = (0.6, 0.8)  # shares of the memory limit at which the front is looked at, besides all of it
 _NOTES = (
     "No number of this plan was measured on a GPU by megamem; activation bytes are checked against real Megatron-Core "
     "layers on CPUs, working space and the caching allocator's share are counted.",
@@ -117,8 +117,7 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
     best, frame = planned.best, planned.best.frame
     if planned.job.layout.pipeline > 1:
         fate = "Megatron's own" if frame.name == STOCK else frame.name
-        others = sorted({one.seconds for one in planned.estimated if one.frame.name != frame.name and not one.fault})
-        behind = f"; the next best needs {_percent(others[0] / best.priced.step_seconds)} more" if others else ""
+        behind = _behind(planned)
         idle = best.priced.time.get("bubble", 0.0) / best.priced.step_seconds
         why = "as asked" if wishes.schedule != "auto" else f"the fastest that fits{behind}"
         yield Decision(subject="schedule.name", fate=fate, reason=f"{why}; ranks idle {idle:.1%} of the step")
@@ -136,6 +135,15 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
         else f"the caching allocator's share of {lost / 2**30:.1f} GiB costs no time"
     )
     yield Decision(subject="allocator.mode", fate="static" if frame.static else "off", nbytes=lost, reason=text)
+
+
+def _behind(planned: LayoutPlan) -> str:
+    """How far the next best schedule is behind: settled if one is, else by its estimate."""
+    best = planned.best
+    settled = [one.priced.step_seconds for one in planned.others if one.frame.name != best.frame.name]
+    estimated = [one.seconds for one in planned.estimated if one.frame.name != best.frame.name and not one.fault]
+    seconds = min(settled or [one for one in estimated if one > best.priced.step_seconds], default=None)
+    return "" if seconds is None else f"; the next best needs {_percent(seconds / best.priced.step_seconds)} more"
 
 
 def _fates(model: Model, best: Settled) -> Iterable[Decision]:
@@ -173,7 +181,7 @@ def _fates(model: Model, best: Settled) -> Iterable[Decision]:
             nbytes=round(whole * (fate.fraction or 1.0)),
             seconds=seconds,
             hidden=hidden or _word(fate) != "swap",
-            reason=_reason(model, name, fate, whole, seconds, hidden=hidden),
+            reason=_reason(model, name, best.fates[numbers[0]], (whole, seconds), hidden=hidden),
         )
 
 
@@ -181,15 +189,23 @@ def _word(fate: Fate) -> str:
     return "recompute" if fate.fraction == 0 else "keep" if fate.tier == "hbm" else "swap"
 
 
-def _reason(model: Model, name: str, fate: Fate, nbytes: int, seconds: float, *, hidden: bool) -> str:
-    rate = f"rebuilding it yields {nbytes / seconds / 1e9:.3g} GB/s" if seconds else "it cannot be rebuilt alone"
-    link = f"the link copies {model.rates[0] / 1e9:.0f} GB/s"
+def _reason(model: Model, name: str, fates: Mapping[str, Fate], size: tuple[int, float], *, hidden: bool) -> str:
+    """Why a tensor has its fate in a layer with these `fates`; `size`: its bytes and seconds to rebuild it."""
+    fate, (nbytes, seconds) = fates[name], size
+    rate = f"rebuilding it yields {_rate(nbytes / seconds)}" if seconds else "it cannot be rebuilt alone"
+    link = f"the link copies {_rate(model.rates[0])}"
+    if fate.fraction == 0 and name in ANCHORS and fates[SAVED].fraction == 1:
+        return "not needed: all that is made of it is stored"
     if fate.fraction == 0:
-        others = "stored tensors make it cheap" if name in ANCHORS else "element-wise operations, no product"
-        return f"{rate}, {link}; {others}, and memory is better spent on what is denser"
+        return f"{rate}, {link}; memory is better spent on what is denser"
     if fate.tier == "hbm":
         return f"{rate}; there is device memory for it"
     return f"{rate}, {link}; " + ("copies hide behind computing" if hidden else "waiting for it costs less still")
+
+
+def _rate(bytes_per_second: float) -> str:
+    gigabytes = bytes_per_second / 1e9
+    return f"{gigabytes / 1e3:.3g} TB/s" if gigabytes >= 1e3 else f"{gigabytes:.3g} GB/s"
 
 
 def _percent(ratio: float) -> str:

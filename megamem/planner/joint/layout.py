@@ -28,6 +28,8 @@ FAMILIES_TRIED = ("gis", "gis-h", "zb-h1", "zb-h2", "v-half")
 """Schedules that are weighed beside Megatron's own (1f1b, interleaved). Left out are those that another one is never
 worse than in memory and time (1f1b-v, dualpipe-v, v-min), and those whose order a search finds (zb-v, auto ...)."""
 MOST_CHUNKS = 4
+_SHARE_VOCABULARY = (STOCK, "gis")
+"""Schedules with which vocabulary parallelism is weighed unasked: placing its passes takes longer than all the rest."""
 _TO_SETTLE = 2
 _LARGE_LOGITS = 0.03  # of device memory: below, the fused loss is not weighed
 _MOST_PASSES = 4000  # microbatches x stages of a step that are priced one by one
@@ -170,9 +172,12 @@ def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]
     """What each of these schedules is estimated to take, with every number of chunks that the layers divide into."""
     few = _few_microbatches(job)
     for name, group, chunks in _schedules(job, names):
+        shares = name in _SHARE_VOCABULARY or wishes.vocabulary == "parallel"
         chunked = replace(job, layout=replace(job.layout, chunks=chunks))
         model = Model(chunked, hardware, wishes.device)
         for fused, barriers in _losses(model, wishes):
+            if barriers is not None and not shares:
+                continue
             try:
                 short = _built(chunked, name, group, few, barriers)
             except MegamemError as fault:
@@ -194,16 +199,13 @@ def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]
 def _estimated(model: Model, frame: Frame, wishes: Wishes) -> Estimated:
     """Time of a few microbatches, stretched to all of them, and the optimum's recomputation."""
     shortened = replace(frame, static=wishes.allocator != "off")
-    priced = model.price(shortened.setup(None))
-    seconds = priced.step_seconds
-    if not priced.fits(frame.host):
-        if wishes.activations == "off":
-            return Estimated(frame=frame, job=model.job, seconds=seconds, fault="activations do not fit")
-        try:
-            seconds += frame.setup(None).microbatches * estimate(model, shortened)
-        except InfeasibleError as fault:
-            return Estimated(frame=frame, job=model.job, seconds=float("inf"), fault=str(fault))
-    return Estimated(frame=frame, job=model.job, seconds=seconds)
+    setup = shortened.setup(None)
+    seconds = model.step_seconds(setup)
+    try:
+        again = estimate(model, shortened, untouched=wishes.activations == "off")
+    except InfeasibleError as fault:
+        return Estimated(frame=frame, job=model.job, seconds=float("inf"), fault=str(fault))
+    return Estimated(frame=frame, job=model.job, seconds=seconds + setup.microbatches * again)
 
 
 def _few_microbatches(job: Job) -> int:

@@ -12,7 +12,9 @@ from megamem.ir.job import Job
 from megamem.ir.schedule import Barriers, Schedule
 from megamem.planner.activations import plan_activations
 from megamem.planner.evaluation import Model, Priced, Setup
-from megamem.planner.fractions.rank import Fates, fates_of_rank, optimum
+from megamem.planner.fractions.linear import solve
+from megamem.planner.fractions.problem import all_kept, device_bytes
+from megamem.planner.fractions.rank import Fates, fates_of_rank, problem_of
 from megamem.planner.fractions.table import text_of
 from megamem.planner.memory.device import output_bytes, shared_bytes, static_bytes
 from megamem.planner.memory.inventory import output_weight_gradient_bytes, weight_gradient_bytes
@@ -22,7 +24,7 @@ from megamem.table import TableRow
 
 RESIDUALS = (1, 2, 4)
 """Values of `residual_every` that are tried in turn where layer inputs alone do not fit."""
-_ROUNDS = 2  # of giving a rank the memory that a priced plan has left
+_ROUNDS = 5  # of taking memory from a rank that has too little, or giving it what a priced plan has left
 _WORTH = 0.01  # of the device's memory: less is not worth another round
 _WORTH_SECONDS = 2e-3  # of a rank's computing: less recomputation is not worth another round
 _MARGIN = 1.02  # of host memory over what was counted: slots are aligned
@@ -134,16 +136,25 @@ class Budget:
         return layers + (output_weight_gradient_bytes(job) if is_last and self.frame.barriers is None else 0)
 
 
-def estimate(model: Model, frame: Frame) -> float:
+def estimate(model: Model, frame: Frame, *, untouched: bool = False) -> float:
     """Seconds of recomputation and waits per microbatch: the optimum of the first, the middle and the last rank.
+
+    untouched: activations have to stay as they are
 
     Raises InfeasibleError where a rank's memory cannot hold what has to be stored.
     """
     budget = Budget(model, frame).bytes
     if min(budget) <= 0:
         raise InfeasibleError(_no_room(model, budget))
-    ranks = dict.fromkeys((0, len(budget) // 2, len(budget) - 1))
-    return max(optimum(model, frame.schedule, rank, budget[rank], frame.host)[0].seconds for rank in ranks)
+    worst = 0.0
+    for rank in dict.fromkeys((0, len(budget) // 2, len(budget) - 1)):
+        problem, _ = problem_of(model, frame.schedule, rank, budget[rank], frame.host)
+        if device_bytes(problem, all_kept(problem)) <= budget[rank]:
+            continue
+        if untouched:
+            raise InfeasibleError(f"what layers save does not fit on pipeline rank {rank}")
+        worst = max(worst, solve(problem).seconds)
+    return worst
 
 
 def _no_room(model: Model, budget: Sequence[float]) -> str:
@@ -175,29 +186,33 @@ def _refined(model: Model, frame: Frame, every: int) -> Settled:
     if min(budget) <= 0:
         raise InfeasibleError(_no_room(model, budget))
     best: Settled | None = None
+    host = frame.host
     for _ in range(_ROUNDS):
         try:
-            found = _once(model, frame, budget, every)
+            found = _once(model, replace(frame, host=host), budget, every)
         except InfeasibleError:
             if best is None:
                 raise
             break
         if not found.priced.fits(frame.host):
             over = [max(0.0, rank.peak - rank.limit) for rank in found.priced.memory]
-            budget = [device - extra * 1.02 for device, extra in zip(budget, over, strict=True)]
-        else:
-            if best is None or found.priced.step_seconds < best.priced.step_seconds:
-                best = found
-            left = [rank.limit - rank.peak for rank in found.priced.memory]
-            needs = [
-                seconds > _WORTH_SECONDS * computing and room > _WORTH * model.limit
-                for seconds, computing, room in zip(found.seconds, found.computing, left, strict=True)
-            ]
-            if not any(needs):
-                break
-            budget = [
-                device + (0.95 * room if need else 0.0) for device, room, need in zip(budget, left, needs, strict=True)
-            ]
+            budget = [device - extra * 1.05 for device, extra in zip(budget, over, strict=True)]
+            host -= max(0.0, found.priced.host - frame.host) * 1.05
+            continue
+        found = replace(found, frame=frame)
+        if best is not None and best.priced.step_seconds <= found.priced.step_seconds:
+            break
+        best = found
+        left = [rank.limit - rank.peak for rank in found.priced.memory]
+        needs = [
+            seconds > _WORTH_SECONDS * computing and room > _WORTH * model.limit
+            for seconds, computing, room in zip(found.seconds, found.computing, left, strict=True)
+        ]
+        if not any(needs):
+            break
+        budget = [
+            device + (0.95 * room if need else 0.0) for device, room, need in zip(budget, left, needs, strict=True)
+        ]
     if best is None:
         raise InfeasibleError(f"what has to be stored does not fit: {_shortage(found.priced)}")
     return best

@@ -247,7 +247,7 @@ class Ledger:
         self._runs: dict[tuple[int, int], list[_Run]] = {}
         self._expected: list[tuple[int, int]] = []
         self._retained = self._waiting = self._host = 0
-        self._most = Moment()
+        self._most, self._most_total, self._metered = Moment(), 0, 0
         self._is_storing_over = False
         self.book = Book()
 
@@ -256,12 +256,14 @@ class Ledger:
         self._expected = [(a.chunk, a.microbatch) for a in actions if a.kind in ("B", "BW")]
         leaving = {(a.chunk, a.microbatch) for a in actions if a.kind == "OFFLOAD"}
         for action in actions:
-            self._most = self._now()
+            self._most, self._most_total = self._now(), self._held()
             self._do(action, leaving)
-            now = self._now()
-            self.book.metered = max(self.book.metered, now.total)
-            self.book.during.append(max(self._most, now, key=_total))
-            self.book.after.append(now.total)
+            total = self._held()
+            self._metered = max(self._metered, total)
+            self.book.during.append(self._most if self._most_total >= total else self._now())
+            self.book.after.append(total)
+        self.book.peak = max(self.book.during, key=_total, default=Moment())
+        self.book.metered = self._metered
         return self.book
 
     def _do(self, action: Action, leaving: set[tuple[int, int]]) -> None:
@@ -367,13 +369,16 @@ class Ledger:
         self._courier.retire(0 if everything else 2 if self._base_apart else 1)
         self._expert_courier.retire(0 if everything else 1)
 
+    def _held(self) -> int:
+        return self._retained + self._courier.staging + self._expert_courier.staging + self._waiting
+
     def _sample(self, at_work: int = 0) -> None:
         """Look at what is held, with `at_work` bytes that are back for a backward pass."""
-        moment = self._now(at_work)
-        self._most = max(self._most, moment, key=_total)
-        self.book.metered = max(self.book.metered, moment.total - moment.weight_gradients)
-        if moment.total > self.book.peak.total:
-            self.book.peak = moment
+        total = self._held() + at_work
+        if total - self._waiting > self._metered:
+            self._metered = total - self._waiting
+        if total > self._most_total:
+            self._most, self._most_total = self._now(at_work), total
 
     def _now(self, at_work: int = 0) -> Moment:
         staging = self._courier.staging + self._expert_courier.staging

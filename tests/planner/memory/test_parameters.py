@@ -85,6 +85,12 @@ def parameters_of_a_rank(fields: dict[str, Any]) -> int:
     return sum(parameter.numel() for chunk in build_gpt(case) for parameter in chunk.parameters())
 
 
+def job_of_fields(fields: dict[str, Any]) -> Job:
+    from megamem.testing.models import GptCase
+
+    return job_of_case(GptCase(**fields))
+
+
 @pytest.mark.megatron
 @pytest.mark.parametrize(
     "fields",
@@ -97,9 +103,7 @@ def parameters_of_a_rank(fields: dict[str, Any]) -> int:
     ],
 )
 def test_a_rank_holds_what_megatron_gives_it(dist: Dist, fields: dict[str, Any]) -> None:
-    from megamem.testing.models import GptCase
-
-    job = job_of_case(GptCase(vocab=256, **fields))
+    (job,) = dist(1)(job_of_fields, {"vocab": 256, **fields})
     found = dist(job.layout.world_size)(parameters_of_a_rank, {"vocab": 256, **fields})
     pipeline, chunks = job.layout.pipeline, job.layout.chunks
     expected = [
