@@ -220,6 +220,8 @@ def figures() -> str:
         _bookkeeping(_read("bookkeeping.cpu.json")),
         _compressed(_read("compressed_swap.cpu.json")),
         _tiled(_read("tiled_mlp.cpu.json")),
+        _saved(_read("saved_activations.cpu.json")),
+        _parity(_read("training_parity.cpu.json")),
         _published(_read("schedules.cpu.json")),
         _searched(_read("schedule_search.cpu.json")),
         _loop(_read("pipeline_loop.cpu.json")),
@@ -329,6 +331,60 @@ def _tiled(data: dict[str, Any]) -> list[str]:
                 for found in (memo[policy][name], llama[policy][name])
             ]
             lines.append(f"| {policy}: {name} | {' | '.join(cells)} |")
+
+
+def _saved(data: dict[str, Any]) -> list[str]:
+    layers = data["results"]["layers"]
+    lines = [
+        "**What `fp8.saved_activations` keeps, and what it does to gradients**: a layer of Llama 3 8B in bf16, bytes "
+        "that it holds between forward and backward in units of s x b x h elements; norm of the gradients' difference "
+        "from stock over their norm, of all parameters, of the input, and of the parameter where it is largest; time "
+        f"of a step over stock's, {layers['tokens']} tokens on a CPU, where the codes are made by PyTorch's operations "
+        "one after the other: no measure for a GPU "
+        f"(`python ci/bench/saved_activations.py`; {_where(data)}):",
+        "",
+        "| `fp8.saved_activations` | held | of stock | error, parameters | input | worst | time, CPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in layers["contenders"].items():
+        error, time = one["error"], one["time_ratio"]
+        what = f"*{name}*" if name.startswith(("stock", "Megatron")) else name
+        lines.append(
+            f"| {what} | {one['units']:.2f} | {one['of_stock']:.3f} | {error['parameters']:.2%} | {error['input']:.2%} "
+            f"| {error['worst']:.2%} | {time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f}) |"
+        )
+    rows = data["results"]["swiglu"]
+    names = list(rows[0]["error"])
+    lines += [
+        "",
+        "Error of SwiGLU's gradient alone, by the standard deviation of its input:",
+        "",
+        f"| | {' | '.join(format(row['scale'], 'g') for row in rows)} |",
+        f"|---|{'---|' * len(rows)}",
+        *(f"| {name} | {' | '.join(format(row['error'][name], '.1%') for row in rows)} |" for name in names),
+        "",
+    ]
+    return [*lines, *_verdicts(data)]
+
+
+def _parity(data: dict[str, Any]) -> list[str]:
+    found, given = data["results"]["contenders"], data["arguments"]
+    lines = [
+        f"**What {given['iterations']} steps of training make of it**: a small GPT (4 layers, h = 128) on the sources "
+        f"of Python's standard library, {given['seeds']} seeds; validation loss, its mean difference from bf16 of the "
+        "same seed, and its standard deviation over seeds "
+        f"(`python ci/bench/training_parity.py`; {_where(data)}):",
+        "",
+        "![Losses](ci/bench/results/training_parity.cpu.svg)",
+        "",
+        "| | validation loss | against bf16 | over seeds |",
+        "|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        lines.append(
+            f"| {f'*stock, {name}*' if name in ('bf16', 'fp32') else name} | {one['validation']:.4f} "
+            f"| {one['difference']:+.4f} | {one['validation_spread']:.4f} |"
+        )
     return [*lines, "", *_verdicts(data)]
 
 

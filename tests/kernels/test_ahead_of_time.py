@@ -104,17 +104,18 @@ def loss_cases() -> list[Case]:
 def codec_cases() -> list[Case]:
     types = {"values": "*bf16", "codes": "*u8", "scales": "*fp32"}
     cases = []
-    for element in ("e4m3", "e5m2", "int8"):
-        for soft in (False, True):
-            targets = (80, 90, 100) if soft or element == "int8" else (90, 100)
-            constants = {"group": 128, "padded": 128, "block": 64, "element": element, "soft": soft}
-            name = f"{element}{'-soft' * soft}"
-            cases += [
-                Case(kernel="quantise_kernel", constants=constants | {"power_of_two": soft}, types=types,
-                     aligned=("width", "stride"), targets=targets, id=name),
-                Case(kernel="dequantise_kernel", constants=constants, types=types, aligned=("width",),
-                     targets=targets, id=name),
-            ]  # fmt: skip
+    for element, soft, targets in (
+        ("e4m3", False, (90, 100)), ("e5m2", False, (90, 100)), ("e4m3", True, (80,)), ("e5m2", True, (80,)),
+        ("int8", False, (80, 90)),
+    ):  # fmt: skip
+        constants = {"group": 128, "padded": 128, "block": 64, "element": element, "soft": soft}
+        name = f"{element}{'-soft' * soft}"
+        cases += [
+            Case(kernel="quantise_kernel", constants=constants | {"power_of_two": soft}, types=types,
+                 aligned=("width", "stride"), targets=targets, id=name),
+            Case(kernel="dequantise_kernel", constants=constants, types=types, aligned=("width",),
+                 targets=targets, id=name),
+        ]  # fmt: skip
     return cases
 
 
@@ -126,7 +127,9 @@ def activation_cases() -> list[Case]:
     }  # fmt: skip
     aligned = ("width", "stride")
     cases = []
-    for function, whole, coded in (("silu", False, False), ("silu", False, True), ("gelu_tanh", True, True)):
+    for function, whole, coded in (
+        ("silu", False, False), ("silu", False, True), ("gelu_tanh", True, False), ("gelu_tanh", True, True),
+    ):  # fmt: skip
         for soft in (False, True):
             shape = {
                 "coded": coded, "has_bias": whole and not coded, "has_weights": whole, "function": function,
@@ -165,26 +168,31 @@ def norm_cases() -> list[Case]:
         "eps": "fp32",
     }  # fmt: skip
     cases = []
-    for block, centred, coded in ((32, False, False), (32, True, True), (64, True, True), (128, True, True)):
-        for soft in (False, True):
-            shape = {"centred": centred, "has_bias": centred, "group": 128, "padded": 128, "block": block}
-            shape |= {"element": "e4m3", "soft": soft}
+    for block, coded, targets in (
+        (32, False, (90,)),
+        (32, True, (80, 90, 100)),
+        (64, True, (90,)),
+        (128, True, (80, 100)),
+    ):
+        for target in targets:
+            shape = {"centred": coded, "has_bias": coded, "group": 128, "padded": 128, "block": block}
+            shape |= {"element": "e4m3", "soft": target == 80}
             kinds = types | ({"source": "*u8"} if coded else {})
             more: dict[str, Any] = {
-                "aligned": ("width", "stride"), "targets": (80,) if soft else (90, 100),
-                "id": f"{128 * block}{'-centred' * centred}{'-coded' * coded}",
+                "aligned": ("width", "stride"), "targets": (target,), "id": f"{128 * block}{'-coded' * coded}",
                 "num_warps": norm_warps(128 * block),
             }  # fmt: skip
             stores = {"stores": coded, "power_of_two": False}
-            narrow = {"block": 16, "coded": coded}
             cases += [
                 Case(kernel="norm_kernel", constants=shape | stores, types=types, **more),
                 Case(kernel="norm_rebuild_kernel", constants=shape | {"coded": coded}, types=kinds, **more),
                 Case(kernel="norm_backward_kernel", constants=shape | {"coded": coded, "sums": block <= 64},
                      types=kinds, **more),
-                Case(kernel="norm_sums_kernel", constants=shape | narrow, types=kinds,
-                     **(more | {"num_warps": norm_warps(2048)})),
             ]  # fmt: skip
+            if block == 128:
+                more["num_warps"] = norm_warps(2048)
+                narrow = {"block": 16, "coded": coded}
+                cases.append(Case(kernel="norm_sums_kernel", constants=shape | narrow, types=kinds, **more))
     return cases
 
 
