@@ -331,6 +331,7 @@ def _tiled(data: dict[str, Any]) -> list[str]:
                 for found in (memo[policy][name], llama[policy][name])
             ]
             lines.append(f"| {policy}: {name} | {' | '.join(cells)} |")
+    return [*lines, "", *_verdicts(data)]
 
 
 def _saved(data: dict[str, Any]) -> list[str]:
@@ -340,7 +341,7 @@ def _saved(data: dict[str, Any]) -> list[str]:
         "that it holds between forward and backward in units of s x b x h elements; norm of the gradients' difference "
         "from stock over their norm, of all parameters, of the input, and of the parameter where it is largest; time "
         f"of a step over stock's, {layers['tokens']} tokens on a CPU, where the codes are made by PyTorch's operations "
-        "one after the other: no measure for a GPU "
+        "one after the other: no measure for a GPU. `rebuild` is off by the rounding of 16 bits "
         f"(`python ci/bench/saved_activations.py`; {_where(data)}):",
         "",
         "| `fp8.saved_activations` | held | of stock | error, parameters | input | worst | time, CPU |",

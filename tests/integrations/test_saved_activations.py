@@ -23,6 +23,7 @@ Fields = dict[str, Any]
 
 FP32 = 3e-6
 CODED = {"rebuild": FP32, "mlp": 6e-2, "all": 8e-2}
+ENDS = ("rebuild", "all")  # mlp is between them
 SMALL: Fields = {"layers": 2, "config": {"bias_activation_fusion": True}}
 PLAIN: Fields = {"layers": 2}  # activation functions that Megatron does not fuse
 CLAMPED: Fields = {"config": {"activation_func_clamp_value": 0.3, "glu_linear_offset": 0.5}}
@@ -90,7 +91,7 @@ def with_engine(fields: Fields, mode: str, activations: Fields) -> tuple[list[st
     return both.differences(alone), worst, both.engine.stats.num_unplanned, both.engine.stats.replayed_tokens
 
 
-@pytest.mark.parametrize("mode", list(CODED))
+@pytest.mark.parametrize("mode", ENDS)
 @pytest.mark.parametrize("activations", [SWAP, RECOMPUTE, RESIDUAL], ids=["swap", "recompute", "residual"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_engine_moves_and_rebuilds_codes_bit_for_bit(
@@ -103,7 +104,7 @@ def test_the_engine_moves_and_rebuilds_codes_bit_for_bit(
         assert (replayed > 0) == (activations is not SWAP)
 
 
-@pytest.mark.parametrize("mode", list(CODED))
+@pytest.mark.parametrize("mode", ENDS)
 @pytest.mark.parametrize("policy", ["memo", "ordered"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_rebuilds_a_part_of_the_tokens(dist: Dist, mode: str, policy: str, dtype: str) -> None:
@@ -136,11 +137,11 @@ def scheduled(fields: Fields, schedule: str, activations: Fields | None) -> list
     case = PipelineCase(gpt=start_case(**fields), num_microbatches=4, steps=1, evaluate=1)
     stock = train_pipeline(case, {"name": schedule})
     found = []
-    for mode, tolerance in CODED.items():
+    for mode in ENDS:
         config = {**fp8(mode), **({} if activations is None else {"activations": activations})}
         ours = train_pipeline(case, {"name": schedule}, config=config)
         errors = {name: relative_error(ours.gradients[name], stock.gradients[name]) for name in stock.gradients}
-        found += [f"{mode} {name}: {error:.1e}" for name, error in errors.items() if not error < tolerance]
+        found += [f"{mode} {name}: {error:.1e}" for name, error in errors.items() if not error < CODED[mode]]
         if mode != "rebuild" and not max(errors.values()) > 1e-3:
             found.append(f"{mode}: nothing was coded")
     return found
