@@ -21,7 +21,8 @@ EXTRAS = {
     # What Megatron-Bridge imports where there is no GPU; itself it asks for packages that only a GPU machine can build
     # (Transformer Engine, Mamba), so ci/environment.sh adds it without what it asks for.
     "nemo-cpu": [
-        "transformers<5",
+        "transformers>=4.57,<5",  # without the floor, pip goes back to releases that must be compiled
+        "huggingface-hub<1",  # as transformers 4 asks: said here, pip need not search for it
         "datasets>=2.20",
         "accelerate",
         "omegaconf>=2.3",
