@@ -236,3 +236,12 @@ def test_the_test_for_loading_torch_can_fail(tmp_path: Path) -> None:
     (tmp_path / "careful.py").write_text("def f():\n    import torch\n", encoding="utf-8")
     assert loads_heavy("careless", str(tmp_path))
     assert not loads_heavy("careful", str(tmp_path))
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by name, from folders that are no packages; the second one would stop the whole run."""
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name != "conftest.py":
+            places.setdefault(path.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
