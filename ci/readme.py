@@ -1,22 +1,22 @@
-"""Writes the parts of README.md that are made from something else, so that no figure is ever typed by hand.
+"""Writes the parts of the documentation that are made from something else, so that no figure is ever typed by hand.
 
-    python ci/readme.py            rewrite README.md
-    python ci/readme.py --check    exit 1 if it is stale
+    python ci/readme.py            rewrite README.md and the pages beside it
+    python ci/readme.py --check    exit 1 if one of them is stale
 
 options   from the declarations in megamem/config.py
 schedules and their picture, from the simulator
-quickstart, figures   from the benchmarks' files in ci/bench/results
+all others   from the benchmarks' files in ci/bench/results, by ci/figures.py
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+import figures
 
 from megamem.config import SCHEDULES, options_table
 from megamem.ir.workload import Uniform
@@ -26,17 +26,15 @@ from megamem.planner.schedules.simulator import simulate
 from megamem.report.schedule_svg import Picture, render_svg
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "ci" / "bench" / "results"
 PICTURE = ROOT / "examples" / "schedules" / "gis-h.svg"
 
 
 def main() -> int:
     """Rewrite or check; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is stale")
     is_check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    made = {readme: filled(readme.read_text(encoding="utf-8")), PICTURE: picture()}
+    made = {ROOT / name: filled(name, parts) for name, parts in PAGES.items()} | {PICTURE: picture()}
     stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if is_check:
@@ -47,46 +45,16 @@ def main() -> int:
     return int(is_check and bool(stale))
 
 
-def filled(text: str) -> str:
-    """The README with its made parts made anew."""
-    parts = {
-        "quickstart": quickstart(),
-        "schedules": schedules(),
-        "options": options_table(),
-        "allocator": allocator(),
-        "vocabulary": vocabulary(),
-        "figures": figures(),
-    }
-    for name, content in parts.items():
-        pattern = re.compile(rf"(<!-- {name}[^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}{match[2]}", text)  # type: ignore[misc]
+def filled(name: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    """A page with its made parts made anew: what stands between `<!-- PART: ... -->` and `<!-- /PART -->`."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for part, make in parts.items():
+        pattern = re.compile(rf"(<!-- {part}:[^>]*-->\n).*?(<!-- /{part} -->)", re.DOTALL)
+        content = make()
+        text, count = pattern.subn(lambda match, made=content: f"{match[1]}{made}{match[2]}", text)  # type: ignore[misc]
         if count != 1:
-            raise SystemExit(f"README.md: {count} places for {name}, instead of one")
+            raise SystemExit(f"{name}: {count} places for {part}, instead of one")
     return text
-
-
-def quickstart() -> str:
-    """What the quickstart prints at its end, shortened, from the record of one run of it."""
-    results = _read("quickstart.cpu.json")["results"]
-    pairs = list(zip(*(results["runs"][name]["iterations"] for name in ("stock", "megamem")), strict=True))
-    lines = ["```text", "iteration |   stock loss | megamem loss | difference"]
-    for stock, ours in (*pairs[:2], pairs[-1]):
-        if stock is pairs[-1][0]:
-            lines.append("       ...")
-        difference = abs(stock["loss"] - ours["loss"])
-        lines.append(f"{stock['iteration']:>9} | {stock['loss']:12.6f} | {ours['loss']:12.6f} | {difference:10.1e}")
-    memory = results["activation_bytes"]
-    left, right = (f"{memory[name] / 2**20:.1f} MiB" for name in ("stock", "megamem"))
-    verdict = "bitwise equal" if results["bitwise"] else f"max difference {results['max_loss_difference']:.1e}"
-    lines += [
-        "",
-        f"{'':24} {'stock':>14} {'megamem':>14}   megamem / stock",
-        f"{'activations, peak':24} {left:>14} {right:>14}   {memory['ratio']:.2f}",
-        f"{'losses':24} {verdict}",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def schedules() -> str:
@@ -134,324 +102,17 @@ def picture() -> str:
     )
 
 
-def allocator() -> str:
-    """What jobs on a CPU rank say of their memory plan."""
-    data = _read("arena.cpu.json")
-    size, core = data["results"]["jobs"]["size"], data["results"]["core"]["ns_per_pair"]
-    lines = [
-        f"A GPT of Megatron-Core ({size['layers']} layers, h = {size['hidden']}, s = {size['sequence']}, four "
-        "microbatches) on one CPU rank, where host memory stands in for a device's (`python ci/bench/arena.py`; "
-        f"{_where(data)}). Requests below 1 KiB are left out; step is processor time over that without the arena.",
-        "",
-        "| | planned peak | above the bound | served, of the bytes | of the requests | fallbacks | step | losses |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, job in data["results"]["jobs"]["jobs"].items():
-        ratio, above = job["step_ratio"], job["planned_peak_bytes"] / job["lower_bound_bytes"] - 1
-        lines.append(
-            f"| {name} | {job['planned_peak_bytes'] / 2**20:.1f} MiB | {100 * above:.2f} % "
-            f"| {100 * job['served_bytes_share']:.2f} % | {100 * job['served_share']:.1f} % | {job['fallbacks']} "
-            f"| {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) "
-            f"| {'bitwise equal' if job['losses_equal'] else '**different**'} |"
-        )
-    spread = ", ".join(f"{found['median']:.0f} ns with {live} live blocks" for live, found in core.items())
-    return "\n".join([*lines, "", f"* a malloc/free pair in the core: {spread}", *_verdicts(data)]) + "\n"
-
-
-def vocabulary() -> str:
-    """Memory of the output layer, and what vocabulary parallelism is worth in time."""
-    memory, schedules = _read("vocabulary_memory.cpu.json"), _read("vocabulary_schedules.cpu.json")
-    shape = memory["results"]
-    lines = [
-        f"Memory of the output layer with its loss, forward and backward, beside hidden states, weight and main_grad: "
-        f"{shape['tokens']} tokens, h = {shape['hidden']}, V = {shape['vocabulary']}, bf16; every operator traced "
-        f"(`python ci/bench/vocabulary_memory.py`; {_where(memory)}).",
-        "",
-        "| | most at once | kept from forward to backward | largest tensor / (tokens x vocabulary) |",
-        "|---|---|---|---|",
-    ]
-    for name, row in shape["rows"].items():
-        if "4 ranks" in name or "16 ranks" in name:
-            continue
-        lines.append(
-            f"| {_OUTPUT_LAYERS.get(name, name)} | {row['peak_bytes'] / 2**20:,.0f} MiB "
-            f"| {row['kept_bytes'] / 2**20:,.1f} MiB | {row['largest']:.2f} |"
-        )
-    lines += ["", *_verdicts(memory), "", *_speeds(schedules)]
-    return "\n".join(lines) + "\n"
-
-
-_OUTPUT_LAYERS = {
-    "torch": "`F.linear`, `F.cross_entropy`",
-    "Megatron": "Megatron-Core, unfused",
-    "fused": "`vocabulary.fused_loss`",
+PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {
+        "quickstart": figures.quickstart,
+        "vocabulary": figures.vocabulary,
+        "allocator": figures.allocator,
+    },
+    "examples/OPTIONS.md": {"options": options_table},
+    "examples/schedules/README.md": {"schedules": schedules},
+    "ci/bench/RESULTS.md": {"figures": figures.figures},
 }
-
-
-def _speeds(data: dict[str, Any]) -> list[str]:
-    lines = [
-        "Speed, as a share of what the ranks would reach without idle time or recomputation, by size of the vocabulary "
-        "(`python ci/bench/vocabulary_schedules.py`; simulated with the models of arXiv 2411.05288, tables 5 and 6; "
-        "parallel: one barrier, logits made again, and in brackets kept):",
-        "",
-        "| model | schedule | ranks | | 32k | 64k | 128k | 256k |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows = data["results"]["rows"]
-    for key in dict.fromkeys((row["model"], row["family"], row["ranks"]) for row in rows if row["published"]):
-        again, kept = (
-            [row for row in rows if (row["model"], row["family"], row["ranks"]) == key and row["recomputed"] == which]
-            for which in (True, False)
-        )
-        stock = " | ".join(f"{row['baseline']['speed']:.2f}" for row in again)
-        ours = " | ".join(
-            f"{one['vocab-2']['speed']:.2f} ({other['vocab-2']['speed']:.2f})"
-            for one, other in zip(again, kept, strict=True)
-        )
-        name = f"{key[0]} | `{key[1]}` | {key[2]}"
-        lines += [f"| {name} | output layer on the last stage | {stock} |", f"| | | | parallel | {ours} |"]
-    return [*lines, "", *_verdicts(data)]
-
-
-def figures() -> str:
-    """The tables of what was measured on the CPU."""
-    parts = (
-        _retained(_read("retained_bytes.cpu.json")),
-        _bookkeeping(_read("bookkeeping.cpu.json")),
-        _compressed(_read("compressed_swap.cpu.json")),
-        _tiled(_read("tiled_mlp.cpu.json")),
-        _saved(_read("saved_activations.cpu.json")),
-        _parity(_read("training_parity.cpu.json")),
-        _published(_read("schedules.cpu.json")),
-        _searched(_read("schedule_search.cpu.json")),
-        _loop(_read("pipeline_loop.cpu.json")),
-    )
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
-
-
-def _read(name: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return data
-
-
-def _where(data: dict[str, Any]) -> str:
-    machine, versions = data["machine"], data["versions"]
-    return (
-        f"{machine['cores']} cores of {machine['cpu']}, torch {versions['torch']}, megatron-core "
-        f"{versions['megatron-core']}, {data['date'][:10]}"
-    )
-
-
-def _retained(data: dict[str, Any]) -> list[str]:
-    lines = [
-        "**What one layer holds between its forward and its backward pass**, in units of s x b x h elements (bf16), "
-        "counted by the engine and by an independent count of live storages, which agree to the byte "
-        f"(`python ci/bench/retained_bytes.py`; {_where(data)}):",
-        "",
-        "| | MEMO's layer (GPT, GELU 4h): device | host | Llama layer (GQA, SwiGLU): device | host |",
-        "|---|---|---|---|---|",
-    ]
-    memo = data["results"]["memo bf16"]["contenders"]
-    llama = data["results"]["llama bf16"]["contenders"]
-    for name in memo:
-        cells = [f"{row['live_units']:.2f} | {row['host_units']:.2f}" for row in (memo[name], llama[name])]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def _bookkeeping(data: dict[str, Any]) -> list[str]:
-    steps, layers = data["results"]["steps"], data["results"]["layers"]
-    ratio, added = steps["ratio"], layers["added_microseconds"]
-    lines = [
-        "**What the engine costs the processor** "
-        f"(`python ci/bench/bookkeeping.py`; {_where(data)}; median, with the range over the repetitions):",
-        "",
-        "| | |",
-        "|---|---|",
-        "| a step with everything swapped over a step of stock Megatron, "
-        f"h = {steps['hidden']}, s = {steps['tokens']}, copies made by the processor included "
-        f"| {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) |",
-    ]
-    for name, what in (
-        ("empty hooks", "saved-tensor hooks of PyTorch that do nothing"),
-        ("keep", "the engine, everything kept"),
-        ("memo 1", "the engine, everything swapped"),
-    ):
-        total = added[name]["total"]
-        lines.append(
-            f"| microseconds added to a layer, forward and backward: {what} | {total['median']:.0f} "
-            f"({total['min']:.0f} to {total['max']:.0f}) |"
-        )
-    return [*lines, "", *_verdicts(data)]
-
-
-def _compressed(data: dict[str, Any]) -> list[str]:
-    memo, llama = (data["results"]["shapes"][kind] for kind in ("memo", "llama"))
-    lines = [
-        "**What swap in FP8 moves, and what it does to gradients**: bytes over those of plain swap, which is bitwise "
-        "equal to stock Megatron; relative error of the gradient of the input of "
-        f"{data['results']['layers']} layers, and of the parameter where it is largest "
-        f"(`python ci/bench/compressed_swap.py`; bf16, {_where(data)}):",
-        "",
-        "| compressed | MEMO's layer: bytes | error, input | error, worst | Llama layer: bytes | error, input "
-        "| error, worst |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in memo["contenders"]:
-        what = "*query and key, which is refused*" if name == "query and key" else name
-        cells = [
-            f"{found['bytes_ratio']:.3f} | {found['error']['input']:.2%} | {found['error']['worst_parameter']:.2%}"
-            for found in (memo["contenders"][name], llama["contenders"][name])
-        ]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
-    cells = [
-        f"| {case['bf16 itself']['input']:.2%} | {case['bf16 itself']['worst_parameter']:.2%}" for case in (memo, llama)
-    ]
-    lines.append(f"| *bf16 itself, against fp32* | {' | '.join(cells)} |")
-    return [*lines, "", *_verdicts(data)]
-
-
-def _tiled(data: dict[str, Any]) -> list[str]:
-    memo, llama = (data["results"]["shapes"][kind] for kind in ("memo", "llama"))
-    columns = ("held", "forward, on top", "backward, on top", "FLOPs")
-    lines = [
-        "**What the MLP in tiles saves**, in units of s x b x h elements: what a layer holds between the passes, and "
-        "the most that is in device memory besides in each pass; FLOPs of matrix products over stock's. Chunks are "
-        "Megatron-Core's `mlp_chunks_for_training`; recomputed, those of the Mini-Sequence Transformer and ALST "
-        f"(`python ci/bench/tiled_mlp.py`; {_where(data)}):",
-        "",
-        "| policy: MLP | MEMO's layer: " + " | ".join(columns) + " | Llama layer: " + " | ".join(columns) + " |",
-        "|---" * 9 + "|",
-    ]
-    for policy in ("off", "swap", "recompute"):
-        for name in memo[policy]:
-            cells = [
-                f"{found['held_units']:.2f} | {found['forward_units']:.2f} | {found['backward_units']:.2f} "
-                f"| {found['flops_ratio']:.2f}"
-                for found in (memo[policy][name], llama[policy][name])
-            ]
-            lines.append(f"| {policy}: {name} | {' | '.join(cells)} |")
-    return [*lines, "", *_verdicts(data)]
-
-
-def _saved(data: dict[str, Any]) -> list[str]:
-    layers = data["results"]["layers"]
-    lines = [
-        "**What `fp8.saved_activations` keeps, and what it does to gradients**: a layer of Llama 3 8B in bf16, bytes "
-        "that it holds between forward and backward in units of s x b x h elements; norm of the gradients' difference "
-        "from stock over their norm, of all parameters, of the input, and of the parameter where it is largest; time "
-        f"of a step over stock's, {layers['tokens']} tokens on a CPU, where the codes are made by PyTorch's operations "
-        "one after the other: no measure for a GPU. `rebuild` is off by the rounding of 16 bits "
-        f"(`python ci/bench/saved_activations.py`; {_where(data)}):",
-        "",
-        "| `fp8.saved_activations` | held | of stock | error, parameters | input | worst | time, CPU |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, one in layers["contenders"].items():
-        error, time = one["error"], one["time_ratio"]
-        what = f"*{name}*" if name.startswith(("stock", "Megatron")) else name
-        lines.append(
-            f"| {what} | {one['units']:.2f} | {one['of_stock']:.3f} | {error['parameters']:.2%} | {error['input']:.2%} "
-            f"| {error['worst']:.2%} | {time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f}) |"
-        )
-    rows = data["results"]["swiglu"]
-    names = list(rows[0]["error"])
-    lines += [
-        "",
-        "Error of SwiGLU's gradient alone, by the standard deviation of its input:",
-        "",
-        f"| | {' | '.join(format(row['scale'], 'g') for row in rows)} |",
-        f"|---|{'---|' * len(rows)}",
-        *(f"| {name} | {' | '.join(format(row['error'][name], '.1%') for row in rows)} |" for name in names),
-        "",
-    ]
-    return [*lines, *_verdicts(data)]
-
-
-def _parity(data: dict[str, Any]) -> list[str]:
-    found, given = data["results"]["contenders"], data["arguments"]
-    lines = [
-        f"**What {given['iterations']} steps of training make of it**: a small GPT (4 layers, h = 128) on the sources "
-        f"of Python's standard library, {given['seeds']} seeds; validation loss, its mean difference from bf16 of the "
-        "same seed, and its standard deviation over seeds "
-        f"(`python ci/bench/training_parity.py`; {_where(data)}):",
-        "",
-        "![Losses](ci/bench/results/training_parity.cpu.svg)",
-        "",
-        "| | validation loss | against bf16 | over seeds |",
-        "|---|---|---|---|",
-    ]
-    for name, one in found.items():
-        lines.append(
-            f"| {f'*stock, {name}*' if name in ('bf16', 'fp32') else name} | {one['validation']:.4f} "
-            f"| {one['difference']:+.4f} | {one['validation_spread']:.4f} |"
-        )
-    return [*lines, "", *_verdicts(data)]
-
-
-def _verdicts(data: dict[str, Any]) -> list[str]:
-    lines = []
-    for one in data["results"]["targets"]:
-        where = one.get("exceptions") or {}
-        cells = (
-            ", ".join(f"{name} in {count} cells" for name, count in where.items()) if isinstance(where, dict) else ""
-        )
-        verdict = "met" if one["met"] else f"**not met**{f' ({cells})' if cells else ''}"
-        lines.append(f"* {one['what']}: {verdict}")
-    return lines
-
-
-def _published(data: dict[str, Any]) -> list[str]:
-    return [
-        "**What the simulator says of published schedules** (`python ci/bench/schedules.py`; exact, but for the times; "
-        f"{_where(data)}):",
-        "",
-        *_verdicts(data),
-    ]
-
-
-def _searched(data: dict[str, Any]) -> list[str]:
-    results = data["results"]
-    lines = [
-        "**What `auto` finds at the memory of V-Half**: its step time over V-Half's, at several numbers of microbatches"
-        f" and seven sets of costs (`python ci/bench/schedule_search.py`; simulated; {_where(data)}):",
-        "",
-        "| pipeline ranks | cells | median | best | worst |",
-        "|---|---|---|---|---|",
-    ]
-    rows = results["v_half"]["rows"]
-    for ranks in sorted({row["p"] for row in rows}):
-        values = sorted(row["ratio"] for row in rows if row["p"] == ranks)
-        middle = statistics.median(values)
-        lines.append(f"| {ranks} | {len(values)} | {middle:.3f} | {values[0]:.3f} | {values[-1]:.3f} |")
-    counts, large = results["records"]["all"], results["large"]
-    lines += [
-        "",
-        f"* records of published schedules, at no more memory: {counts['better']} beaten, {counts['equal']} equalled, "
-        f"{counts['worse']} not reached",
-        f"* p = {large['p']}, m = {large['m']}: {large['cpu_seconds']:.1f} s of processor time, within "
-        f"{100 * large['above_bound']:.1f} % of the lower bound",
-        *_verdicts(data),
-    ]
-    return lines
-
-
-def _loop(data: dict[str, Any]) -> list[str]:
-    lines = [
-        "**What our loop costs** in place of Megatron's own function, for the same order, two CPU ranks "
-        f"(`python ci/bench/pipeline_loop.py`; {_where(data)}; median with quartiles):",
-        "",
-        "| | step time, ours / Megatron's | processor time |",
-        "|---|---|---|",
-    ]
-    for part, what in (("steps", "a small model"), ("overhead", "layers so small that only Python is left")):
-        for name, found in data["results"][part].items():
-            cells = [
-                f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
-                for ratio in (found["ratio"], found["ratio_cpu_time"])
-            ]
-            lines.append(f"| {name}, {what} | {' | '.join(cells)} |")
-    return lines
+"""What is made on each page, by the name of its place."""
 
 
 if __name__ == "__main__":
