@@ -28,6 +28,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megamem.integrations.local_spec import FlashAttention, local_layer_spec
 from megamem.integrations.vocabulary_shards import shards_of
 
 SpecMaker = Callable[[TransformerConfig, int | None], Any]
@@ -49,7 +50,7 @@ class GptCase:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
-    cp: int = 1
+    cp: int = 1  # attention stays within a rank's part of the sequence: no other model, but two runs of one are equal
     ep: int = 1
     sp: bool = False
 
@@ -164,12 +165,21 @@ def build_gpt(
     return chunks
 
 
-def _layer_spec(case: GptCase) -> SpecMaker:
-    from megamem.integrations.local_spec import FlashAttention, local_layer_spec
+class _AttentionWithinPart(FlashAttention):
+    """Sees the tokens of one context-parallel rank only."""
 
+    @staticmethod
+    def _check(config: TransformerConfig) -> None:
+        """Context parallelism is what this is for."""
+
+
+def _layer_spec(case: GptCase) -> SpecMaker:
     def make(config: TransformerConfig, vp_stage: int | None) -> Any:
         if not case.transformer_engine:
-            return local_layer_spec(config, flash_attention=case.flash_attention, vp_stage=vp_stage)
+            block = local_layer_spec(config, flash_attention=case.flash_attention, vp_stage=vp_stage)
+            for layer in block.layer_specs if case.cp > 1 else ():
+                layer.submodules.self_attention.submodules.core_attention = _AttentionWithinPart
+            return block
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         made = get_gpt_layer_with_transformer_engine_spec(
@@ -267,17 +277,18 @@ class Batch:
 
 
 def batches(case: GptCase, num_microbatches: int, *, step: int = 0) -> list[Batch]:
-    """This data-parallel rank's microbatches of a step; the same on every call."""
+    """This data-parallel rank's microbatches of a step, its context-parallel part of them; the same on every call."""
     rank = parallel_state.get_data_parallel_rank()
+    part = parallel_state.get_context_parallel_rank() if case.cp > 1 else 0
+    own = slice(part * (case.sequence // case.cp), (part + 1) * (case.sequence // case.cp))
     mask = None if case.flash_attention else torch.ones(case.sequence, case.sequence).tril().logical_not()[None, None]
     made = []
     for index in range(num_microbatches):
         generator = torch.Generator().manual_seed(1_000_003 * step + 1_009 * rank + index)
         text = torch.randint(0, case.vocab, (case.microbatch, case.sequence + 1), generator=generator)
         positions = torch.arange(case.sequence).expand(case.microbatch, -1)
-        made.append(
-            Batch(tokens=text[:, :-1].contiguous(), labels=text[:, 1:].contiguous(), positions=positions, mask=mask)
-        )
+        tokens, labels = (values[:, own].contiguous() for values in (text[:, :-1], text[:, 1:]))
+        made.append(Batch(tokens=tokens, labels=labels, positions=positions[:, own], mask=mask))
     return made
 
 

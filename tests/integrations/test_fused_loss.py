@@ -60,6 +60,14 @@ CASES: dict[str, tuple[int, Fields, Fields, str | None, int | str]] = {
         None,
         "auto",
     ),
+    "cp2": (2, {**SMALL, "cp": 2}, {"evaluate": 1}, None, "auto"),
+    "tp2 sp cp2, tied, per token": (
+        4,
+        {**SMALL, "tp": 2, "sp": True, "cp": 2, "tied": True, **PER_TOKEN},
+        {"per_token": True},
+        None,
+        "auto",
+    ),
     "pp2, Megatron's schedule": (2, TWO, {"evaluate": 1}, None, "auto"),
     "pp2, zb-h1, tied, overlapped": (
         2,

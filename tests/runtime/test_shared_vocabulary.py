@@ -61,6 +61,8 @@ CASES: dict[str, tuple[int, Fields, Fields, str | None]] = {
     ),
     "dp2, distributed optimizer, two chunks": (4, {**TWO_CHUNKS, "distributed_optimizer": True}, ADAM, "gis"),
     "dp2, overlapped": (4, GPT, {"ddp": {"overlap_grad_reduce": True}}, "zb-h1"),
+    "cp2, two chunks": (4, {**TWO_CHUNKS, "cp": 2}, {"evaluate": 2, "adam": True}, "gis"),
+    "cp2, tied, loss per token": (4, {**GPT, "cp": 2, "tied": True, **PER_TOKEN}, {"per_token": True}, "1f1b"),
     "eight ranks": (8, {**LLAMA, "tp": 2, "sp": True, "pp": 4}, {}, "1f1b"),
 }
 SWAPPED: Fields = {"activations": {"policy": "memo", "keep_last_layers": 0}}

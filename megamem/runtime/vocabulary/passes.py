@@ -291,9 +291,11 @@ class SharedVocabulary(AbstractVocabulary):
                 return
             if not accumulate:
                 gradient_KD.zero_()
-            is_here = (rows >= 0).unsqueeze(1)
-            values = torch.where(is_here, gradient_TD, 0.0).to(gradient_KD.dtype)
-            gradient_KD.index_put_((rows.clamp(min=0),), values, accumulate=True)
+            is_here = rows >= 0
+            # Tokens of other ranks add zeros. Each to a row of its own: a GPU adds to one row one after the other.
+            anywhere = torch.arange(len(rows), device=rows.device) % len(gradient_KD)
+            values = torch.where(is_here.unsqueeze(1), gradient_TD, 0.0).to(gradient_KD.dtype)
+            gradient_KD.index_put_((torch.where(is_here, rows, anywhere),), values, accumulate=True)
 
         accumulate(self._shards.input_weight(), add)
 
