@@ -113,6 +113,31 @@ def _speeds(data: dict[str, Any]) -> list[str]:
     return [*lines, "", *_verdicts(data)]
 
 
+def _output_layer(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "**What the loss without logits costs on a CPU**: output layer and mean loss, forward and backward, fp32. "
+        "Processor time over that of Megatron-Core in the same run, and the most memory at once, gradients included "
+        f"(`python ci/bench/linear_cross_entropy.py`; {_where(data)}; on a GPU, Liger and CCE take part too). "
+        "It multiplies four times, Megatron three times:",
+        "",
+    ]
+    cells = data["results"]["cells"]
+    shapes = [f"{cell['tokens']} x {cell['hidden']} x {cell['vocabulary']}" for cell in cells]
+    lines += [f"| | {' | '.join(f'{shape}: time | memory' for shape in shapes)} |", f"|---{'|---' * 2 * len(cells)}|"]
+    ran = [
+        {name: one for name, one in cell["contenders"].items() if one["status"] == "ok" and one["cpu_ms"]}
+        for cell in cells
+    ]
+    for name in ran[0]:
+        row = [
+            f"{of_cell[name]['cpu_ms']['median'] / of_cell['Megatron']['cpu_ms']['median']:.2f} | "
+            f"{of_cell[name]['peak_bytes'] / 2**20:.0f} MiB"
+            for of_cell in ran
+        ]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return [*lines, "", *_verdicts(data)]
+
+
 def figures() -> str:
     """The tables of what was measured on the CPU."""
     parts = (
@@ -122,6 +147,7 @@ def figures() -> str:
         _tiled(_read("tiled_mlp.cpu.json")),
         _saved(_read("saved_activations.cpu.json")),
         _parity(_read("training_parity.cpu.json")),
+        _output_layer(_read("linear_cross_entropy.cpu.json")),
         _speeds(_read("vocabulary_schedules.cpu.json")),
         _published(_read("schedules.cpu.json")),
         _searched(_read("schedule_search.cpu.json")),
