@@ -262,6 +262,7 @@ def faulty_calls() -> dict[str, str]:
 
     steps: dict[str, Callable[[Any, Any], Any]] = {
         "labels": lambda data, model: (model(batch.tokens, batch.positions, None, labels=batch.labels + 40), mean),
+        "tokens": lambda data, model: (model(batch.tokens + 40, batch.positions, None, labels=batch.labels), mean),
         "no sum": lambda data, model: (model(batch.tokens, batch.positions, None, labels=batch.labels), square),
         "logits": lambda data, model: (model(batch.tokens, batch.positions, None), mean),
         "twice": lambda data, model: (model(batch.tokens, batch.positions, None, labels=batch.labels) * 2, mean),
@@ -295,6 +296,7 @@ def test_wrong_labels_and_steps_that_want_something_else_end_on_every_rank_with_
     first, last = dist(2)(faulty_calls)
     reasons = {
         "labels": "labels lie outside the vocabulary",
+        "tokens": "tokens lie outside the vocabulary",
         "no sum": "it must be a sum of the tokens' losses with fixed weights",
         "logits": "the model is asked for logits",
         "twice": "forward_step_func must call the model",

@@ -29,6 +29,12 @@ PER_TOKEN: Fields = {"config": {"calculate_per_token_loss": True}}
 OVERLAP: Fields = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 ADAM: Fields = {"adam": True, "steps": 3, "ddp": OVERLAP}
 
+
+def scaled(loss: Any) -> Any:
+    """As optimizers of fp16 scale it."""
+    return loss * 1024
+
+
 # ranks, fields of the model, fields of the case, schedule
 CASES: dict[str, tuple[int, Fields, Fields, str | None]] = {
     "1f1b": (2, GPT, {"evaluate": 3}, None),
@@ -37,6 +43,8 @@ CASES: dict[str, tuple[int, Fields, Fields, str | None]] = {
     "tokens counted": (2, {**GPT, "config": {"deallocate_pipeline_outputs": True}}, {"per_token": True}, "1f1b"),
     "positions, dropout": (2, {**GPT, "position": "learned_absolute", "dropout": 0.1}, {}, "1f1b"),
     "bf16": (2, {**LLAMA, "layers": 2, "dtype": "bfloat16"}, {}, "zb-h2"),
+    "loss scaled": (2, {**GPT, "config": {"grad_scale_func": scaled}}, {}, "1f1b"),
+    "experts, with a loss of their own": (2, {**LLAMA, "layers": 2, "experts": 4}, {}, "zb-h1"),
     "one microbatch": (2, GPT, {"num_microbatches": 1}, "1f1b"),
     "interleaved": (2, TWO_CHUNKS, {"evaluate": 2}, None),
     "gis, tied": (2, {**TWO_CHUNKS, "tied": True}, {}, "gis"),

@@ -52,7 +52,7 @@ class SharedVocabulary(AbstractVocabulary):
     keeps_logits:     whether this rank's logits stay from S to T, which else makes them again
     order:    microbatches in the order in which the first stage takes them
     trains:   whether backward passes follow
-    checks:   whether to look at the labels of the first microbatch, for which the host waits for the device
+    checks:   whether to look at tokens and labels of the first microbatches, for which the host waits for the device
     """
 
     def __init__(
@@ -158,8 +158,11 @@ class SharedVocabulary(AbstractVocabulary):
 
     def _send_tokens(self, count: int) -> None:
         """Have the tokens of the first `count` microbatches on their way to the other ranks."""
+        looks = self._checks and self._sent == 0
         for microbatch in self._order[self._sent : count]:
             tokens = self._ends.tokens(microbatch).contiguous()
+            if looks:
+                _check_tokens(tokens, self._options.vocab_size)
             self._wires.broadcast("tokens", tokens, self._layout.first)
             self._tokens[microbatch] = partial(_itself, tokens)
         self._sent = max(self._sent, count)
@@ -311,6 +314,16 @@ class SharedVocabulary(AbstractVocabulary):
         loss_T = token_outputs(whole_NT, kept.labels, self._options).loss
         batch, length = self._layout.tokens
         self._ends.losses(microbatch, loss_T.view(length, batch).t().contiguous())
+
+
+def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raises ValueError for a token that is no word, which is in no rank's rows: its embedding would be zero."""
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {tokens.numel()} tokens lie outside the vocabulary, the first is {wrong[0]}: words are 0 "
+            f"to {vocab_size - 1} (vocab_size)"
+        )
 
 
 def words_to_rows(tokens: Tensor, words: VocabShard) -> tuple[Tensor, Tensor]:
