@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -139,6 +140,7 @@ def _join_group(rank: int, nranks: int, listener: socket.socket) -> None:
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=nranks)
     reset_megatron()
+    gc.freeze()  # torch's and Megatron's modules: the collections between cases need not look at them again
 
 
 def reset_megatron() -> None:
@@ -152,6 +154,9 @@ def reset_megatron() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    # gloo's communicators end with their last reference, and each of their threads wakes a hundred times a second: some
+    # hundred of them, kept by cycles of modules and process groups, take the processor from the cases that follow.
+    gc.collect()
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
     torch.set_grad_enabled(True)
@@ -171,3 +176,10 @@ def _reset_megatron_globals() -> None:
     moe = sys.modules.get("megatron.core.transformer.moe.moe_utils")
     if moe is not None and hasattr(moe, "_MOE_LAYER_WISE_LOGGING_TRACKER"):
         moe._MOE_LAYER_WISE_LOGGING_TRACKER.clear()
+    # lru_cache on methods: it keeps the modules, which keep their process groups.
+    for name in ("rotary_pos_embedding", "yarn_rotary_pos_embedding"):
+        embeddings = sys.modules.get(f"megatron.core.models.common.embeddings.{name}")
+        owners = [owner for owner in vars(embeddings).values() if isinstance(owner, type)] if embeddings else []
+        for method in (found for owner in owners for found in vars(owner).values()):
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()

@@ -52,6 +52,23 @@ def _rank_one_waits_for_nobody() -> None:
         dist.recv(torch.empty(1), src=0)
 
 
+def _keep_groups() -> None:
+    """As models do: what refers to a process group is part of a cycle, or in a method's lru_cache."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    keeper: list[Any] = [parallel_state.get_tensor_model_parallel_group()]
+    keeper.append(keeper)
+    RotaryEmbedding(kv_channels=8, rotary_percent=1.0, use_cpu_initialization=True)(4)
+
+
+def _count_communicators() -> int:
+    tasks = os.listdir("/proc/self/task")
+    names = [open(f"/proc/self/task/{task}/comm", encoding="utf-8").read() for task in tasks]  # noqa: SIM115
+    return sum(name.startswith("gloo_tcp") for name in names)
+
+
 def _leave_a_mess() -> None:
     import torch
     from megatron.core import parallel_state, tensor_parallel
@@ -155,3 +172,14 @@ def test_nothing_of_one_case_reaches_the_next(dist: Dist) -> None:
     dist(2)(_leave_a_mess)
     assert dist(2)(_state) == before
     assert before[0][:3] == (False, 1, "torch.float32")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc, which Linux has")
+@pytest.mark.megatron
+def test_no_communicator_outlives_its_case(dist: Dist) -> None:
+    run = dist(2)
+    run(_keep_groups)
+    before = run(_count_communicators)
+    for _ in range(2):
+        run(_keep_groups)
+    assert run(_count_communicators) == before
