@@ -109,6 +109,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
         print(f"models: {', '.join(models())}\nGPUs: {', '.join(gpus())}")
         return 0
+    _check_output(arguments)
     config = _read(arguments.read) if arguments.read else _made(arguments)
     if arguments.output:
         _write(Path(arguments.output), config.to_yaml())
@@ -128,6 +129,27 @@ def run_plan(arguments: argparse.Namespace) -> int:
         if arguments.output:
             print(f"\nwritten to {arguments.output}; run it with --megamem {arguments.output}")
     return 0
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    """What is wrong with the call whatever the plan: told before anything is computed."""
+    problems = [
+        f"{path}: there is no folder {Path(path).parent}"
+        for path in (arguments.output, arguments.html)
+        if path and not Path(path).resolve().parent.is_dir()
+    ]
+    if arguments.top < 0:
+        problems.append(f"--top {arguments.top}: give 0 or more")
+    if arguments.read:
+        others = {"--model": "model", "--from-megatron-args": "from_megatron_args", "--from-yaml": "from_yaml"}
+        others |= {"--gpus": "gpus", "--seq-length": "seq_length", "--max-seq": "max_seq", "--min-gpus": "min_gpus"}
+        problems += [
+            f"--read shows a plan that was made, and {flag} asks for a new one; give one of them"
+            for flag, name in others.items()
+            if getattr(arguments, name)
+        ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _read(path: str) -> Config:
@@ -157,7 +179,7 @@ def _made(arguments: argparse.Namespace) -> Config:
         print(f"fewest GPUs on which it fits: {count}", file=sys.stderr)
         return explain.explain(planned, wishes)
     if fixed.settles_all:
-        jobs = list(search.layouts_of(job, gpus, hardware, fixed))
+        jobs = [one for one in search.layouts_of(job, gpus, hardware, fixed) if search.runs_schedule(one, wishes)]
         if len(jobs) == 1:
             return explain.explain(plan_layout(jobs[0], hardware, wishes, progress), wishes)
     found = search.search(job, gpus, hardware, wishes, fixed, progress)
@@ -175,8 +197,13 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
         raise ConfigError("give one of --model, --from-megatron-args, --from-yaml and --read")
     sizes = {name: getattr(arguments, f"fixed_{name}") for name in _LAYOUT}
     length = None if arguments.seq_length is None else tokens(arguments.seq_length)
-    problems = [
-        f"{flag} must be at least 1" for name, flag in _LAYOUT.items() if sizes[name] is not None and sizes[name] < 1
+    problems = _small(arguments) + [
+        f"{flag}: leave it out; it is what {question} answers"
+        for flag, question, given, asked in (
+            ("--seq-length", "--max-seq", length, arguments.max_seq),
+            ("--gpus", "--min-gpus", arguments.gpus, arguments.min_gpus),
+        )
+        if asked and given is not None
     ]
     if arguments.model is not None:
         needed = [("--gpus", arguments.gpus is None and not arguments.min_gpus)]
@@ -201,13 +228,22 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
         sizes["micro_batch_size"] = sizes["micro_batch_size"] or job.micro_batch_size
     if problems:
         raise ConfigError(problems)
-    gpus = arguments.gpus or job.layout.world_size
-    batch = arguments.global_batch_size or (
-        job.global_batch_size if arguments.model is None else _batch(job.seq_length, gpus)
-    )
-    if gpus < 1 or batch < 1:
-        raise ConfigError("--gpus and --global-batch-size must be at least 1")
+    gpus = job.layout.world_size if arguments.gpus is None else arguments.gpus
+    batch = arguments.global_batch_size
+    if batch is None:
+        batch = job.global_batch_size if arguments.model is None else _batch(job.seq_length, gpus)
     return replace(job, global_batch_size=batch), gpus, Fixed(**sizes)
+
+
+def _small(arguments: argparse.Namespace) -> list[str]:
+    """Numbers that are below one."""
+    flags = {
+        **{f"fixed_{name}": flag for name, flag in _LAYOUT.items()},
+        "gpus": "--gpus",
+        "global_batch_size": "--global-batch-size",
+    }
+    given = {flag: getattr(arguments, name) for name, flag in flags.items()}
+    return [f"{flag} {size}: at least 1 is needed" for flag, size in given.items() if size is not None and size < 1]
 
 
 def _batch(length: int, gpus: int) -> int:
@@ -266,8 +302,6 @@ def _progress() -> Callable[[str], None]:
 
 
 def _write(path: Path, text: str) -> None:
-    if not path.resolve().parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}")
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -8,15 +8,18 @@ exceeds the best estimate; the best few are then planned in full. So nothing is 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megamem.errors import InfeasibleError
 from megamem.ir.job import Job, Layout
+from megamem.ir.schedule import Placement
 from megamem.planner.evaluation import Model
 from megamem.planner.hardware import Hardware
-from megamem.planner.joint.layout import LayoutPlan, Wishes, plan_layout
+from megamem.planner.joint.layout import MOST_CHUNKS, STOCK, LayoutPlan, Wishes, plan_layout
 from megamem.planner.joint.quick import Quick
+from megamem.planner.memory.device import static_bytes
+from megamem.planner.schedules.families import FAMILIES
 
 MICRO_BATCHES = (1, 2, 4, 8)
 _TO_PLAN = 2
@@ -61,6 +64,22 @@ def layouts_of(job: Job, gpus: int, hardware: Hardware, fixed: Fixed) -> Iterato
                     yield from _completed(job, tensor, pipeline, context, data, fixed)
 
 
+def runs_schedule(job: Job, wishes: Wishes) -> bool:
+    """Whether the layout has a pipeline, and layers, for the schedule that was asked for."""
+    if wishes.schedule in ("auto", STOCK):
+        return True
+    layout, per_rank, family = job.layout, job.model.num_layers // job.layout.pipeline, FAMILIES[wishes.schedule]
+    if layout.pipeline == 1:
+        return False
+    counts = [layout.chunks] if layout.chunks > 1 else range(1, MOST_CHUNKS + 1)
+    return any(
+        per_rank % chunks == 0
+        and chunks >= family.min_chunks
+        and (family.max_chunks is None or chunks <= family.max_chunks)
+        for chunks in counts
+    )
+
+
 def _completed(job: Job, tensor: int, pipeline: int, context: int, data: int, fixed: Fixed) -> Iterator[Job]:
     """The layouts with these sizes: experts and microbatches."""
     experts = job.model.experts
@@ -100,9 +119,9 @@ def search(
     progress: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """The fastest layouts for the job on `gpus` GPUs. Raises InfeasibleError where none fits, with the nearest."""
-    jobs = list(layouts_of(job, gpus, hardware, fixed))
+    jobs = [one for one in layouts_of(job, gpus, hardware, fixed) if runs_schedule(one, wishes)]
     if not jobs:
-        raise InfeasibleError(_no_layout(job, gpus, fixed))
+        raise InfeasibleError(_no_layout(job, gpus, fixed, wishes))
     queue = sorted((Quick(Model(one, hardware, wishes.device)).bound(), number) for number, one in enumerate(jobs))
     best: list[tuple[float, int]] = []  # the fastest estimates, as a heap of the slowest of them
     fault, tried = "", 0
@@ -124,8 +143,9 @@ def search(
         except InfeasibleError as error:
             fault = fault or str(error)
     if not plans:
+        short = fault or _states_text(jobs, hardware, wishes)
         raise InfeasibleError(
-            f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {fault or 'weights alone do not fit'}"
+            f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {short}; --min-gpus finds how many are needed"
         )
     plans.sort(key=lambda plan: plan.best.priced.step_seconds)
     return Found(plans=tuple(plans), layouts=len(jobs), estimated=tried)
@@ -139,7 +159,32 @@ def _estimate(job: Job, hardware: Hardware, wishes: Wishes) -> tuple[float, str]
         return float("inf"), f"{job.layout.text()}: {fault}"
 
 
-def _no_layout(job: Job, gpus: int, fixed: Fixed) -> str:
+def _states_text(jobs: Sequence[Job], hardware: Hardware, wishes: Wishes) -> str:
+    """What weights, gradients and optimizer states need of each GPU where they are spread thinnest."""
+    least = min(
+        sum(
+            static_bytes(one, Placement(shape="round-robin", num_ranks=one.layout.pipeline, num_chunks=1), 0, hardware)[
+                kind
+            ]
+            for kind in ("weights", "gradients", "optimizer")
+        )
+        for one in jobs
+    )
+    limit = hardware.memory if wishes.device is None else wishes.device
+    return (
+        f"weights, gradients and optimizer states alone need {least / 2**30:.1f} GiB of each GPU, which has "
+        f"{limit / 2**30:.1f}"
+    )
+
+
+def _no_layout(job: Job, gpus: int, fixed: Fixed, wishes: Wishes) -> str:
+    if wishes.schedule not in ("auto", STOCK):
+        family = FAMILIES[wishes.schedule]
+        chunks = "" if family.min_chunks == 1 else f" of {family.min_chunks} chunks or more"
+        return (
+            f"--schedule {wishes.schedule} needs two pipeline ranks or more, with layers for each{chunks}, and no such "
+            f"layout of {gpus} GPUs is possible; give --pipeline-model-parallel-size, or leave --schedule out"
+        )
     sizes = {name: size for name, size in vars(fixed).items() if size is not None}
     given = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "any layout"
     layout = Layout(**{name: size for name, size in sizes.items() if name != "micro_batch_size"})
@@ -202,7 +247,11 @@ def fewest_gpus(
 def _leanest(job: Job, gpus: int, hardware: Hardware, wishes: Wishes, fixed: Fixed) -> LayoutPlan | None:
     """A plan of the layouts that need least memory, if there is one: most model parallelism first."""
     jobs = sorted(
-        layouts_of(job, gpus, hardware, replace(fixed, micro_batch_size=fixed.micro_batch_size or 1)),
+        (
+            one
+            for one in layouts_of(job, gpus, hardware, replace(fixed, micro_batch_size=fixed.micro_batch_size or 1))
+            if runs_schedule(one, wishes)
+        ),
         key=lambda one: (one.layout.data, -one.layout.sequence_shards, one.layout.pipeline),
     )
     for one in jobs[:24]:
