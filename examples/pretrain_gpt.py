@@ -49,8 +49,9 @@ def _run(
     set_seeds(args)
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.close)
-        handle = stack.enter_context(megamem.enable(config)) if config.enabled else None
-        meter = handle.meter() if handle is not None else stack.enter_context(_stock_meter(args))
+        is_asked = config.enabled or config.plan is not None  # a plan may have found nothing to do: it says so
+        handle = stack.enter_context(megamem.enable(config)) if is_asked else None
+        meter = handle.meter() if handle is not None and config.enabled else stack.enter_context(_stock_meter(args))
         training = build_training(args) if handle is None else build_training(args, handle.building)
         prepare(training)
         history = train(args, training, datasets, reporter, meter)

@@ -23,6 +23,7 @@ from megamem.errors import MegamemError as MegamemError
 
 if TYPE_CHECKING:
     from megamem.integrations.megatron_core import Handle
+    from megamem.integrations.this_job import KnownJob
     from megamem.runtime.activations.streams import AbstractDevice
 
 __version__ = "0.1.0.dev0"
@@ -39,11 +40,18 @@ __all__ = [
 ]
 
 
-def enable(config: Config | str | Path | Mapping[str, object], *, device: AbstractDevice | None = None) -> Handle:
+def enable(
+    config: Config | str | Path | Mapping[str, object],
+    *,
+    device: AbstractDevice | None = None,
+    job: KnownJob | None = None,
+) -> Handle:
     """Switch on what `config` (a file, a mapping or a Config) asks for; `.disable()` the handle, or use it in `with`.
 
     Call it on every rank, once, after Megatron's `initialize_model_parallel` and before the model is built. `device`
-    replaces the copy queues, for tests. Raises a `MegamemError` that says what to do.
+    replaces the copy queues, for tests. `job` is what is trained, where `config` leaves something to the planner
+    (`auto`): Megatron-LM's flags, or its arguments as parsed; under Megatron-LM itself it is known. Raises a
+    `MegamemError` that says what to do.
     """
     try:
         from megamem.integrations.megatron_core import enable as enable_megatron_core
@@ -53,4 +61,4 @@ def enable(config: Config | str | Path | Mapping[str, object], *, device: Abstra
         if (fault.name or "").partition(".")[0] not in ("torch", "megatron"):
             raise
         raise MissingPackage(f'megamem.enable needs {fault.name}; pip install "megamem[train]"') from fault
-    return enable_megatron_core(config, device=device)
+    return enable_megatron_core(config, device=device, job=job)

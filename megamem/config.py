@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from megamem.deciding import Planning, unused
 from megamem.errors import ConfigError
 from megamem.ir.plan import PARTS, Plan
 from megamem.options import Option, options_of, parse_values, suggestion
@@ -45,6 +46,7 @@ __all__ = [
     "Config",
     "LowPrecision",
     "Mlp",
+    "Planning",
     "Scheduling",
     "TableRow",
     "Vocabulary",
@@ -69,6 +71,7 @@ class Config:
     mlp: Mlp = field(default_factory=Mlp)
     allocator: Allocator = field(default_factory=Allocator)
     fp8: LowPrecision = field(default_factory=LowPrecision)
+    planner: Planning = field(default_factory=Planning)
     plan: Plan | None = None
 
     @staticmethod
@@ -121,7 +124,10 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     made: dict[str, Any] = {name: section(**values[name]) for name, section in _sections().items()}
-    return Config(plan=plan, **made)
+    config = Config(plan=plan, **made)
+    if problems := unused(config):
+        raise ConfigError(problems)
+    return config
 
 
 def add_arguments(parser: argparse.ArgumentParser, default: object = None) -> argparse.ArgumentParser:

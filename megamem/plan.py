@@ -43,7 +43,6 @@ _LAYOUT = {
     "micro_batch_size": "--micro-batch-size",
 }
 _TOKENS_PER_STEP = 4 << 20  # of the default batch
-_HOST_SHARE = 0.5  # of the machine's memory: what activations.host_memory: auto takes
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -85,8 +84,15 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     wishes.add_argument("--vocabulary", choices=("auto", "off", "fused", "parallel"), default="auto")
     wishes.add_argument("--allocator", choices=("auto", "off", "static"), default="auto")
-    wishes.add_argument("--activations", choices=("auto", "off"), default="auto")
-    wishes.add_argument("--device-memory", metavar="SIZE", help="of each GPU, for training (default: all of it)")
+    wishes.add_argument(
+        "--activations",
+        choices=("auto", "off", "recompute", "memo", "ordered"),
+        default="auto",
+        help="memo and ordered with the fraction of MEMO's own rule",
+    )
+    wishes.add_argument(
+        "--device-memory", metavar="SIZE", help="of each GPU, for training (default: all of it but 5 %%)"
+    )
     wishes.add_argument("--host-memory", metavar="SIZE", help="pinned memory per GPU (default: half of the machine's)")
     inverse = plan.add_argument_group("the inverse questions").add_mutually_exclusive_group()
     inverse.add_argument("--max-seq", action="store_true", help="the longest sequence that fits")
@@ -265,18 +271,24 @@ def tokens(text: str) -> int:
 
 def _wishes(arguments: argparse.Namespace, machine: int) -> Wishes:
     from megamem.options import suggestion
+    from megamem.planner.joint.decide import HOST_SHARE
     from megamem.planner.joint.layout import Wishes
-    from megamem.sections import SCHEDULES
+    from megamem.sections import SCHEDULES, Activations
 
     if arguments.schedule not in ("auto", "off", *SCHEDULES):
         raise ConfigError(f"--schedule {arguments.schedule}: unknown; {suggestion(arguments.schedule, SCHEDULES)}")
+    policies = {
+        "recompute": Activations(policy="recompute"),
+        "memo": Activations(policy="memo", swap_fraction="auto"),
+        "ordered": Activations(policy="ordered", swap_fraction="auto"),
+    }
     host = _size("--host-memory", arguments.host_memory)
     return Wishes(
         schedule=arguments.schedule,
         vocabulary=arguments.vocabulary,
         allocator=arguments.allocator,
-        activations=arguments.activations,
-        host=float(machine * _HOST_SHARE if host is None else host),
+        activations=policies.get(arguments.activations, arguments.activations),
+        host=float(machine * HOST_SHARE if host is None else host),
         device=_size("--device-memory", arguments.device_memory),
     )
 

@@ -129,26 +129,31 @@ class Activations(Section):
     KEY: ClassVar[str] = "policy"
     READERS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "swap_fraction": ("memo", "ordered"),
+        "residual_every": ("recompute", "memo", "ordered"),
         "keep_last_layers": ("memo", "ordered"),
         "compress": ("memo", "ordered"),
+        "experts": ("recompute", "memo", "ordered"),
+        "table": ("recompute", "memo", "ordered"),
     }
     HARMLESS: ClassVar[tuple[tuple[str, str, object], ...]] = (
         ("recompute", "keep_last_layers", 0),
         ("recompute", "compress", "none"),
     )
 
-    policy: Literal["off", "recompute", "memo", "ordered"] = option(
-        Choice(("off", "recompute", "memo", "ordered")),
+    policy: Literal["off", "recompute", "memo", "ordered", "auto"] = option(
+        Choice(("off", "recompute", "memo", "ordered", "auto")),
         "off",
         "recompute: keep layer input and attention output in device memory and rebuild the rest, without running "
         "attention again. memo: swap both to host memory, and swap_fraction of the tokens of every other tensor; the "
         "last layers are kept (MEMO, arXiv 2407.12117). ordered: swap both, and swap_fraction of the outputs of the "
-        "linear layers (qkv, projection, fc1); outputs of element-wise operations are always rebuilt.",
+        "linear layers (qkv, projection, fc1); outputs of element-wise operations are always rebuilt. auto: the "
+        "planner decides for this job, tensor by tensor; off where everything fits.",
     )
-    swap_fraction: float = option(
-        Share(),
+    swap_fraction: float | Literal["auto"] = option(
+        Auto(Share()),
         1.0,
-        "Share of the tokens that is swapped to host memory; the rest is recomputed. At 1 memo recomputes nothing.",
+        "Share of the tokens that is swapped to host memory; the rest is recomputed. At 1 memo recomputes nothing. "
+        "auto: the largest whose copies hide behind computing and fit into host memory, MEMO's own rule.",
     )
     residual_every: int = option(
         Count(least=1),
@@ -275,18 +280,20 @@ class Vocabulary(Section):
     KEY: ClassVar[str] = "fused_loss"
     SWITCHES: ClassVar[tuple[str, ...]] = ("parallel",)
 
-    fused_loss: bool = option(
-        Switch(),
+    fused_loss: bool | Literal["auto"] = option(
+        Auto(Switch()),
         False,
         "Compute output layer and cross entropy together, chunk by chunk of the vocabulary, so that the logits are "
-        "never in memory; one matrix product of three is done twice. Requests for logits are answered as before.",
+        "never in memory; one matrix product of three is done twice. Requests for logits are answered as before. auto: "
+        "as the planner weighs it for this job.",
     )
-    parallel: bool = option(
-        Switch(),
+    parallel: bool | Literal["auto"] = option(
+        Auto(Switch()),
         False,
         "Share input embedding, output layer and loss over all pipeline ranks, so that the first and the last are no "
         "slower and no fuller than the others (arXiv 2411.05288); the loss is computed as with fused_loss. Needs a "
-        "schedule; where none is named, 1f1b or interleaved. With one pipeline rank: as fused_loss.",
+        "schedule; where none is named, 1f1b or interleaved. With one pipeline rank: as fused_loss. auto: as the "
+        "planner weighs it.",
     )
     barriers: Literal[1, 2] = option(
         Count(least=1, most=2),
@@ -399,11 +406,12 @@ class Allocator(Section):
     NAME: ClassVar[str] = "allocator"
     KEY: ClassVar[str] = "mode"
 
-    mode: Literal["off", "static"] = option(
-        Choice(("off", "static")),
+    mode: Literal["off", "static", "auto"] = option(
+        Choice(("off", "static", "auto")),
         "off",
         "static: record some steps, plan where each of their requests for memory lies, and serve the steps that follow "
-        "from one reserved arena. What the plan does not foresee goes to PyTorch's own allocator and is counted.",
+        "from one reserved arena. What the plan does not foresee goes to PyTorch's own allocator and is counted. auto: "
+        "where the memory that it saves is worth time.",
     )
     profile_steps: int = option(
         Count(least=1),

@@ -143,7 +143,7 @@ megamem:
         "policy: unknown section; did you mean 'activations.policy'?",
         "activations.policy: 'memmo' is unknown; did you mean 'memo'?",
         "activations.swap_fractoin: unknown key; did you mean 'swap_fraction'?",
-        "activations.swap_fraction: 1.5 is out of range; give a number from 0 to 1",
+        "activations.swap_fraction: 1.5 is out of range; give a number from 0 to 1, or auto",
         "activations.residual_every: 0 is out of range; give a whole number of at least 1",
         "activations.keep_last_layers: 'two' is no whole number; give one of at least 0",
         "activations.host_memory: '100GB' has the unknown unit 'GB'; did you mean 100GiB?",

@@ -8,11 +8,17 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import megamem.config
 from megamem.config import Config
-from megamem.errors import ConfigError
+from megamem.deciding import undecided
+from megamem.errors import ConfigError, MegamemError
+from megamem.host import resolve_host_memory
+from megamem.planner.hardware import load_hardware, row_of_device
+from megamem.planner.joint.decide import decide
+from megamem.planner.models.flags import job_of_arguments
 from pretrain.pipeline import plan_pipeline
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end of a document
@@ -152,6 +158,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     if not problems:
         problems += plan_pipeline(args, config)
     if not problems:
+        config = _decided(args, config, problems)
+    if not problems:
         problems += _plan_problems(args, config)
     if problems:
         # All ranks see the same flags; one of them says so.
@@ -284,6 +292,42 @@ def _pipeline_problems(args: argparse.Namespace, config: Config) -> list[str]:
             f"{args.num_microbatches} microbatches are not divisible by the {pp} interleaved pipeline ranks"
         )
     return problems
+
+
+def _decided(args: argparse.Namespace, config: Config, problems: list[str]) -> Config:
+    """The configuration with nothing left to megamem's planner; why it cannot be, to `problems`."""
+    if not undecided(config):
+        return config
+    job = replace(job_of_arguments(args, args.world_size), micro_batch_size=args.micro_batch_size)
+    stages = args.virtual_stages or 1
+    job = replace(job, layout=replace(job.layout, chunks=stages), global_batch_size=args.global_batch_size)
+    try:
+        config = decide(config, job, load_hardware(_gpu(config)), _host_memory())
+    except MegamemError as error:
+        problems += str(error).splitlines()
+        return config
+    if config.vocabulary.parallel:
+        problems += plan_pipeline(args, config)
+    return config
+
+
+def _gpu(config: Config) -> str:
+    """The hardware to plan for. Raises ConfigError where it is not known."""
+    if config.planner.hardware != "auto":
+        return config.planner.hardware
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    if (row := row_of_device(name)) is not None:
+        return row
+    raise ConfigError(
+        f"--megamem-planner-hardware: {name} is not in the table of GPUs; give the name of one (megamem plan --list), "
+        "or measure: megamem profile --hardware --output profile.json --num-layers ..."
+    )
+
+
+def _host_memory() -> float:
+    return float(resolve_host_memory("auto", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _plan_problems(args: argparse.Namespace, config: Config) -> list[str]:

@@ -21,7 +21,7 @@ def plan_pipeline(args: argparse.Namespace, config: Config) -> list[str]:
     ranks = args.pipeline_model_parallel_size
     if ranks == 1 and config.schedule.is_on:
         return [f"--megamem-schedule-name {config.schedule.name} needs --pipeline-model-parallel-size of 2 or more"]
-    if ranks == 1 or not (config.schedule.is_on or config.vocabulary.parallel):
+    if ranks == 1 or not (config.schedule.is_on or config.vocabulary.parallel is True):
         return []
     options = config.schedule if config.schedule.is_on else default_schedule(args.virtual_stages)
     try:
@@ -31,7 +31,7 @@ def plan_pipeline(args: argparse.Namespace, config: Config) -> list[str]:
             num_microbatches=args.num_microbatches,
             num_chunks=args.virtual_stages,
             num_layers=args.num_layers,
-            vocabulary=config.vocabulary.barriers if config.vocabulary.parallel else None,
+            vocabulary=config.vocabulary.barriers if config.vocabulary.parallel is True else None,
             keeps_logits=config.vocabulary.keep_logits,
         )
     except MegamemError as error:

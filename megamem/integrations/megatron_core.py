@@ -46,6 +46,7 @@ from megamem.integrations.report import ActivationReport, Report
 from megamem.integrations.saved_activations import SavedActivations
 from megamem.integrations.schedule_report import ScheduleReport, TraceWriter
 from megamem.integrations.switch_on import switch_on_table
+from megamem.integrations.this_job import KnownJob, decided
 from megamem.integrations.tiled_mlp import TiledMlp
 from megamem.integrations.vocabulary import FusedLoss
 from megamem.integrations.vocabulary_parallel import VocabularyParallel
@@ -75,24 +76,31 @@ def enable(
     *,
     device: AbstractDevice | None = None,
     origins: Mapping[str, str] | None = None,
+    job: KnownJob | None = None,
 ) -> Handle:
     """Switch on what `config` asks for, in this process; every rank calls it, and rank 0 prints what is on.
 
     `device` replaces the copy queues (a simulator, in tests); by default CUDA's for CUDA tensors, else plain copies.
     `origins` says where each `section.option` was asked for, if not in the file `config`.
+    `job` is what is trained, for what `config` leaves to the planner: Megatron-LM's flags, its arguments as parsed, or
+    a `megamem.ir.job.Job`; under Megatron-LM itself it is known.
     Raises ConfigError where the configuration is wrong or the machine cannot hold it, MissingPackage without
     Megatron-Core, PatchError where the installed release is not one that megamem knows.
     """
     asked = load_config(config)
-    loaded = _with_offloads(asked)
-    if not loaded.enabled:
-        return Handle(loaded, None, Applied())
+    if not _with_offloads(asked).enabled and asked.plan is None:
+        return Handle(asked, None, Applied())
     try:
         from megatron.core import parallel_state
     except ImportError as error:
         raise MissingPackage('megamem.enable needs megatron-core; pip install "megamem[train]"') from error
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("call megamem.enable after megatron.core.parallel_state.initialize_model_parallel")
+    loaded = _with_offloads(decided(asked, job))
+    if not loaded.enabled:
+        if torch.distributed.get_rank() == 0:
+            print(switch_on_table(loaded, {}, host_nbytes=0, planned=None, capabilities=()), flush=True)
+        return Handle(loaded, None, Applied())
     if loaded.plan is not None:
         check_layout(loaded.plan, parallel_state)
     loaded = _with_schedule(loaded, parallel_state)
@@ -141,7 +149,7 @@ def _with_schedule(config: Config, parallel_state: Any) -> Config:
 
 def _shares_vocabulary(config: Config, parallel_state: Any) -> bool:
     """Whether the embeddings are to lie on several pipeline ranks."""
-    return config.vocabulary.parallel and parallel_state.get_pipeline_model_parallel_world_size() > 1
+    return config.vocabulary.parallel is True and parallel_state.get_pipeline_model_parallel_world_size() > 1
 
 
 def _vocabulary(config: Config) -> Capability:

@@ -44,13 +44,30 @@ def switch_on_table(
             why = reasons.get(option) or origins.get(option, "")
             shown = str(value).lower() if isinstance(value, bool) else value
             rows.append((name if first else "", f"{key}: {shown}", why, expected.get(name, "") if first else ""))
+    rows += _left_off(config)
     return "\n".join([_headline(), *_aligned(rows), *_predicted(config)])
 
 
 def _reasons(config: Config) -> dict[str, str]:
     """Why a plan sets an option as it does, by option."""
     predicted = config.plan.predicted if config.plan is not None else None
-    return {} if predicted is None else {row.subject: row.reason for row in predicted.decisions}
+    if predicted is None:
+        return {}
+    reasons = {row.subject: row.reason for row in predicted.decisions}
+    if "vocabulary" in reasons:
+        reasons |= dict.fromkeys(("vocabulary.fused_loss", "vocabulary.parallel"), reasons["vocabulary"])
+    return reasons
+
+
+def _left_off(config: Config) -> list[tuple[str, str, str, str]]:
+    """What a plan has weighed and left off, with its reason."""
+    reasons = _reasons(config)
+    options = {"activations": "activations.policy", "vocabulary": "vocabulary", "allocator": "allocator.mode"}
+    return [
+        (name, "off", reasons[option], "")
+        for name, option in options.items()
+        if option in reasons and name not in config.enabled
+    ]
 
 
 def _predicted(config: Config) -> list[str]:

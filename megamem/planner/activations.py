@@ -79,6 +79,8 @@ def _with_codecs(fates: dict[str, Fate], compress: Codec, coded: tuple[str, ...]
 
 def _policy(options: Activations) -> dict[str, Fate]:
     """The fates of every layer, before the table."""
+    if options.policy == "auto" or isinstance(options.swap_fraction, str):
+        raise ConfigError("activations: policy and swap_fraction are left to the planner; megamem.enable asks it")
     share = Fate(fraction=options.swap_fraction)
     base, anchors, saved = {
         "recompute": (KEEP, RECOMPUTE, RECOMPUTE),

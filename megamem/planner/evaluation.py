@@ -108,12 +108,12 @@ class Priced:
 class Model:
     """A job on some hardware; what does not depend on the setup is computed once.
 
-    device_limit:  bytes of device memory for training; None: all that the device has
+    device_limit:  bytes of device memory for training; None: all that the device has but its headroom
     """
 
     def __init__(self, job: Job, hardware: Hardware, device_limit: int | None = None) -> None:
         self.job, self.hardware = job, hardware
-        self.limit = hardware.memory if device_limit is None else device_limit
+        self.limit = hardware.for_training if device_limit is None else device_limit
         self._layers: dict[bool, LayerTime] = {}
         self._transients: dict[bool, tuple[int, int]] = {}
 

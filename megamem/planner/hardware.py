@@ -68,9 +68,15 @@ class Hardware:
     disk_write: float
     disk_read: float
     context: int
+    headroom: float
     fragmentation_caching: float
     fragmentation_arena: float
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def for_training(self) -> int:
+        """Bytes of device memory that a plan may fill."""
+        return int(self.memory * (1.0 - self.headroom))
 
     @property
     def to_host(self) -> float:
@@ -104,6 +110,7 @@ class Hardware:
 
 
 _RATES = ("attention_forward", "attention_backward")
+_SHARES = ("headroom", "fragmentation_caching", "fragmentation_arena")
 _COUNTS = ("memory", "link_sharers", "node", "host_memory", "context")
 
 
@@ -186,6 +193,6 @@ def _value(name: str, entry: Mapping[str, Any]) -> Any:
             raise ValueError(name)
         return Rates(points)
     value = float(entry["value"])
-    if not (math.isfinite(value) and (value > 0 or (name.startswith("fragmentation") and value == 0))):
+    if not (math.isfinite(value) and (value > 0 or (name in _SHARES and value == 0))):
         raise ValueError(name)
     return int(value) if name in _COUNTS else value

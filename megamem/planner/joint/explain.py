@@ -25,17 +25,20 @@ from megamem.planfile import installed
 from megamem.planner.activations import plan_activations
 from megamem.planner.costs.work import MFU_FORMULA, model_flops
 from megamem.planner.evaluation import Model, Priced
-from megamem.planner.fractions.memo import swap_fraction
-from megamem.planner.fractions.problem import Limits
-from megamem.planner.fractions.rank import groups_of, moments_of
 from megamem.planner.fractions.table import text_of
 from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, in_full
 from megamem.planner.joint.search import Found
 from megamem.planner.joint.settle import Frame, Settled, settle
+from megamem.planner.joint.simple import with_fraction
 from megamem.planner.memory.activations import ActivationMemory
 from megamem.sections import Activations, Allocator, Scheduling, Vocabulary
 
 _MOST_ACTIONS = 6000  # of a plan's picture of the pipeline
+_ONE_FRACTION = {
+    "recompute": Activations(policy="recompute"),
+    "memo": Activations(policy="memo", swap_fraction="auto"),
+    "ordered": Activations(policy="ordered", swap_fraction="auto"),
+}
 _FRONT = (0.6, 0.8)  # shares of the memory limit at which the front is looked at, besides all of it
 _NOTES = (
     "No number of this plan was measured on a GPU by megamem; activation bytes are checked against real Megatron-Core "
@@ -148,10 +151,14 @@ def _behind(planned: LayoutPlan) -> str:
 
 def _fates(model: Model, best: Settled) -> Iterable[Decision]:
     """One row for each tensor and fate, with the layers that have it."""
+    if not best.fates and best.activations.is_on:  # the user's own policy
+        yield _policy(model, best)
+        return
     if not best.fates:
         untouched = "everything that layers save fits: nothing is swapped, nothing computed twice"
         yield Decision(subject="activations.policy", fate="off", reason=untouched)
         return
+    yield _policy(model, best)
     memory = ActivationMemory(model.job, None)
     stalls = best.priced.time.get("exposed_copies", 0.0)
     hidden = stalls < 0.01 * best.priced.step_seconds
@@ -183,6 +190,19 @@ def _fates(model: Model, best: Settled) -> Iterable[Decision]:
             hidden=hidden or _word(fate) != "swap",
             reason=_reason(model, name, best.fates[numbers[0]], (whole, seconds), hidden=hidden),
         )
+
+
+def _policy(model: Model, best: Settled) -> Decision:
+    """Why anything is done about activations at all."""
+    untouched = max(rank.peak - rank.limit for rank in model.price(best.frame.setup(None)).memory)
+    time, seconds = best.priced.time, best.priced.step_seconds
+    lost = (time.get("recompute", 0.0) + time.get("exposed_copies", 0.0)) / seconds
+    return Decision(
+        subject="activations.policy",
+        fate=best.activations.policy,
+        reason=f"left alone they need {max(0, untouched) / 2**30:.1f} GiB more than there is; this costs {lost:.1%} of "
+        "the step in recomputation and waits",
+    )
 
 
 def _word(fate: Fate) -> str:
@@ -308,12 +328,15 @@ def _policies(model: Model, best: Settled) -> Iterable[Alternative]:
         "full recomputation (Megatron's)", full_recomputation(model, frame), frame.host, fastest,
         {"--recompute-granularity": "full"},
     )  # fmt: skip
-    for policy in ("recompute", "memo", "ordered"):
-        options = _simple(model, frame, policy)
-        if options is None:
+    for policy in _ONE_FRACTION:
+        if policy == best.activations.policy and not best.fates:
+            continue  # the plan itself
+        try:
+            options = with_fraction(model, frame, _ONE_FRACTION[policy])
+        except InfeasibleError:
             continue
         priced = model.price(frame.setup(plan_activations(options, layers)))
-        share = f", {options.swap_fraction:.2f}" if policy != "recompute" else ""
+        share = "" if policy == "recompute" else f", {options.swap_fraction:.2f}"
         settings = {"activations.policy": policy}
         if share:
             settings["activations.swap_fraction"] = f"{options.swap_fraction:.4g}"
@@ -323,25 +346,6 @@ def _policies(model: Model, best: Settled) -> Iterable[Alternative]:
 def full_recomputation(model: Model, frame: Frame) -> Priced:
     """Megatron's `--recompute-granularity full`: layer inputs stay, everything else is computed twice."""
     return model.price(replace(frame.setup(None), recompute_all=True))
-
-
-def _simple(model: Model, frame: Frame, policy: str) -> Activations | None:
-    """A policy with the fraction that its own rule gives the fullest rank; None where not even the base fits."""
-    if policy == "recompute":
-        return Activations(policy="recompute")
-    to_host, from_host = model.rates
-    shares = []
-    for rank in range(frame.schedule.placement.num_ranks):
-        assigned = groups_of(model, frame.schedule, rank)
-        limits = Limits(device=model.limit, host=frame.host, to_host=to_host, from_host=from_host)
-        for number, item in enumerate(assigned):
-            flight = max(moment[number] for moment in moments_of(frame.schedule, rank, assigned))
-            flight *= sum(one.group.layers for one in assigned) / item.group.layers
-            shares.append(swap_fraction(item.group, limits, in_flight=flight, ordered=policy == "ordered"))
-    if any(share is None for share in shares):
-        return None
-    fraction = math.floor(min(share for share in shares if share is not None) * 1e4) / 1e4
-    return Activations(policy="memo" if policy == "memo" else "ordered", swap_fraction=fraction)
 
 
 def _smaller(model: Model, best: Settled) -> Iterable[Alternative]:

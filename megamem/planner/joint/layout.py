@@ -19,9 +19,11 @@ from megamem.planner.costs.work import layer_work, output_flops
 from megamem.planner.evaluation import Model, Priced
 from megamem.planner.hardware import Hardware
 from megamem.planner.joint.settle import Frame, Settled, estimate, job_text, settle
+from megamem.planner.joint.simple import with_fraction
 from megamem.planner.memory.device import output_bytes
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Request
+from megamem.sections import Activations
 
 STOCK = "off"
 FAMILIES_TRIED = ("gis", "gis-h", "zb-h1", "zb-h2", "v-half")
@@ -42,17 +44,23 @@ class Wishes:
     """What the user settled; `auto` leaves it to the planner.
 
     schedule:   a name of `schedule.name`, or `off` for Megatron's own
-    vocabulary: `off`, `fused` or `parallel`
+    group:      of the schedule, `schedule.group`
+    vocabulary: one of `off`, `fused` and `parallel`, or several to choose from, with `|` between them
+    barriers:   of a shared vocabulary
     allocator:  `off` or `static`
-    activations:  `off`, or `auto`
+    activations:  `off`, or `auto`; or the section as it is to be
+    has_model:  the chunks are those of the layout, 1 included: the model is what it is
     host:       bytes of host memory per rank
     device:     bytes of device memory for training; None: all
     """
 
     schedule: str = "auto"
+    group: int | None = None
     vocabulary: str = "auto"
+    barriers: Barriers = 1
     allocator: str = "auto"
-    activations: str = "auto"
+    activations: str | Activations = "auto"
+    has_model: bool = False
     host: float = 0.0
     device: int | None = None
 
@@ -146,18 +154,22 @@ def _settle(one: Estimated, hardware: Hardware, wishes: Wishes) -> Settled:
 
 
 def _with_wishes(model: Model, frame: Frame, wishes: Wishes) -> Settled:
-    if wishes.activations != "off":
+    if wishes.activations == "auto":
         return settle(model, frame)
-    from megamem.sections import Activations
-
-    priced = model.price(frame.setup(None))
+    given = wishes.activations if isinstance(wishes.activations, Activations) else Activations()
+    if given.swap_fraction == "auto":
+        given = with_fraction(model, frame, given)
+    plan = plan_activations(given, model.job.model.num_layers) if given.is_on else None
+    priced = model.price(frame.setup(plan))
     if not priced.fits(frame.host):
         fullest = max(priced.memory, key=lambda rank: rank.peak)
+        how = f"activations.policy: {given.policy}" if given.is_on else "activations left alone"
+        host = f", {priced.host / 2**30:.1f} GiB of host memory of {frame.host / 2**30:.1f}" if priced.host else ""
         raise InfeasibleError(
-            f"with activations left alone pipeline rank {fullest.rank} needs {fullest.peak / 2**30:.1f} GiB and has "
-            f"{fullest.limit / 2**30:.1f}"
+            f"with {how} pipeline rank {fullest.rank} needs {fullest.peak / 2**30:.1f} GiB and has "
+            f"{fullest.limit / 2**30:.1f}{host}"
         )
-    return Settled(frame=frame, activations=Activations(), priced=priced)
+    return Settled(frame=frame, activations=given, priced=priced)
 
 
 def _lost(priced: Priced) -> float:
@@ -171,8 +183,8 @@ def _names(wishes: Wishes) -> tuple[str, ...]:
 def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]) -> Iterator[Estimated]:
     """What each of these schedules is estimated to take, with every number of chunks that the layers divide into."""
     few = _few_microbatches(job)
-    for name, group, chunks in _schedules(job, names):
-        shares = name in _SHARE_VOCABULARY or wishes.vocabulary == "parallel"
+    for name, group, chunks in _schedules(job, names, wishes):
+        shares = name in (*_SHARE_VOCABULARY, wishes.schedule) or wishes.vocabulary == "parallel"
         chunked = replace(job, layout=replace(job.layout, chunks=chunks))
         model = Model(chunked, hardware, wishes.device)
         for fused, barriers in _losses(model, wishes):
@@ -202,7 +214,9 @@ def _estimated(model: Model, frame: Frame, wishes: Wishes) -> Estimated:
     setup = shortened.setup(None)
     seconds = model.step_seconds(setup)
     try:
-        again = estimate(model, shortened, untouched=wishes.activations == "off")
+        again = 0.0
+        if not isinstance(wishes.activations, Activations):
+            again = estimate(model, shortened, untouched=wishes.activations == "off")
     except InfeasibleError as fault:
         return Estimated(frame=frame, job=model.job, seconds=float("inf"), fault=str(fault))
     return Estimated(frame=frame, job=model.job, seconds=seconds + setup.microbatches * again)
@@ -218,15 +232,15 @@ def _losses(model: Model, wishes: Wishes) -> tuple[tuple[bool, Barriers | None],
     variants: dict[str, tuple[bool, Barriers | None]] = {
         "off": (False, None),
         "fused": (True, None),
-        "parallel": (False, 1),
+        "parallel": (False, wishes.barriers),
     }
-    if wishes.vocabulary != "auto":
-        is_alone = wishes.vocabulary == "parallel" and model.job.layout.pipeline == 1
-        return (variants["fused" if is_alone else wishes.vocabulary],)
-    chosen = ["off"]
-    if output_bytes(model.job, fused=False) > _LARGE_LOGITS * model.limit:
+    allowed = [*variants] if wishes.vocabulary == "auto" else wishes.vocabulary.split("|")
+    if allowed == ["parallel"] and model.job.layout.pipeline == 1:
+        allowed = ["fused"]
+    chosen = allowed[:1]
+    if "fused" in allowed[1:] and output_bytes(model.job, fused=False) > _LARGE_LOGITS * model.limit:
         chosen.append("fused")
-    if model.job.layout.pipeline > 1 and _output_share(model) > _LARGE_OUTPUT:
+    if "parallel" in allowed[1:] and model.job.layout.pipeline > 1 and _output_share(model) > _LARGE_OUTPUT:
         chosen.append("parallel")
     return tuple(variants[name] for name in chosen)
 
@@ -240,14 +254,18 @@ def _output_share(model: Model) -> float:
     return 3 * output_flops(job) / model.hardware.gemm / (layers * each)
 
 
-def _schedules(job: Job, names: Sequence[str]) -> Iterator[tuple[str, int | None, int]]:
+def _schedules(job: Job, names: Sequence[str], wishes: Wishes) -> Iterator[tuple[str, int | None, int]]:
     """(name, group, chunks) of the schedules to weigh."""
     layout = job.layout
     if layout.pipeline == 1:
         yield STOCK, None, 1
         return
     per_rank = job.model.num_layers // layout.pipeline
-    counts = [layout.chunks] if layout.chunks > 1 else [c for c in range(1, MOST_CHUNKS + 1) if per_rank % c == 0]
+    counts = (
+        [layout.chunks]
+        if layout.chunks > 1 or wishes.has_model
+        else [c for c in range(1, MOST_CHUNKS + 1) if per_rank % c == 0]
+    )
     for name in names:
         for chunks in counts:
             if name == STOCK:
@@ -257,7 +275,7 @@ def _schedules(job: Job, names: Sequence[str]) -> Iterator[tuple[str, int | None
                 continue
             family = FAMILIES[name]
             if chunks >= family.min_chunks and (family.max_chunks is None or chunks <= family.max_chunks):
-                yield name, None, chunks
+                yield name, wishes.group if family.uses_group else None, chunks
 
 
 def in_full(planned: LayoutPlan) -> LayoutPlan:

@@ -170,7 +170,7 @@ def _states_text(jobs: Sequence[Job], hardware: Hardware, wishes: Wishes) -> str
         )
         for one in jobs
     )
-    limit = hardware.memory if wishes.device is None else wishes.device
+    limit = hardware.for_training if wishes.device is None else wishes.device
     return (
         f"weights, gradients and optimizer states alone need {least / 2**30:.1f} GiB of each GPU, which has "
         f"{limit / 2**30:.1f}"

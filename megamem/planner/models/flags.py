@@ -30,6 +30,10 @@ _SWITCHES = (
     *("untie_embeddings_and_output_weights", "multi_latent_attention", "sequence_parallel"),
     *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "recompute_activations"),
 )
+_WORDS = (
+    *("normalization", "position_embedding_type", "hidden_dropout", "attention_dropout", "moe_layer_freq"),
+    *("transformer_impl", "recompute_granularity"),
+)
 _LAUNCHER = re.compile(r"--(?P<name>nnodes|nproc[-_]per[-_]node)[= ](?P<count>\d+)")
 
 
@@ -61,6 +65,32 @@ def job_of_flags(line: str | Sequence[str], world_size: int | None = None) -> Jo
         )
     except ValueError as fault:
         raise ConfigError(f"--from-megatron-args: {fault}") from None
+
+
+def job_of_arguments(args: argparse.Namespace, world_size: int | None = None) -> Job:
+    """The job of what Megatron-LM's parser has made of its flags, whatever release's. Raises ConfigError."""
+    given = vars(args)
+    words: list[str] = []
+    for name in (*_NUMBERS, *_WORDS):
+        if (value := given.get(name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value).replace(" ", "")]
+    switches = {name: bool(given.get(name)) for name in _SWITCHES}
+    # Megatron's parser keeps this one the other way round.
+    if "add_bias_linear" in given:
+        switches["disable_bias_linear"] = not given["add_bias_linear"]
+    words += [f"--{name.replace('_', '-')}" for name, is_on in switches.items() if is_on]
+    if chunks := given.get("virtual_pipeline_model_parallel_size"):
+        words = _without(words, "--num-layers-per-virtual-pipeline-stage")
+        words += ["--num-virtual-stages-per-pipeline-rank", str(chunks)]
+    if given.get("vocab_size") is None and given.get("padded_vocab_size") is not None:
+        words += ["--vocab-size", str(given["padded_vocab_size"])]  # of a tokenizer
+    return job_of_flags(words, given.get("world_size") or world_size)
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
+    """The words without a flag and its value."""
+    place = words.index(flag) if flag in words else len(words)
+    return [*words[:place], *words[place + 2 :]]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -161,7 +161,7 @@ def test_the_densest_tensor_is_stored_first() -> None:
     limits = Limits(device=100 * GIB, host=45 * GIB, to_host=100 * GIB, from_host=100 * GIB)
     problem = Problem(groups=(group,), limits=replace(limits, device=30 * GIB), moments=((1.0,),))
     shares = linear.solve(problem).shares[0]
-    assert shares.stored("qkv") == 1 and 0 < shares.stored("fc1") < 1 and shares.stored("saved") == 0
+    assert shares.stored("qkv") == pytest.approx(1) and 0 < shares.stored("fc1") < 1 and shares.stored("saved") == 0
 
 
 def test_without_memory_for_inputs_and_attention_outputs_the_message_has_the_sums() -> None:
