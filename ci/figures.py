@@ -152,8 +152,54 @@ def figures() -> str:
         _published(_read("schedules.cpu.json")),
         _searched(_read("schedule_search.cpu.json")),
         _loop(_read("pipeline_loop.cpu.json")),
+        _planner(_read("planner.cpu.json")),
     )
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def _planner(data: dict[str, Any]) -> list[str]:
+    """What is predicted beside what papers publish, and beside what other tools predict."""
+    results = data["results"]
+    lines = [
+        "**What `megamem plan` predicts, beside what is published**, from the hardware table alone; nothing is fitted "
+        f"(`python ci/bench/planner.py`; {_where(data)}):",
+        "",
+        "| | source | published | predicted | off by | asked for |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["published"]:
+        asked = f"{100 * row['within']:.0f} %" if row["within"] else "exact"
+        unit = row["unit"]
+        lines.append(
+            f"| {row['what']} | {row['source']} | {row['published']:,.4g} {unit} | {row['ours']:,.4g} {unit} "
+            f"| {100 * row['error']:+.1f} % | {asked} |"
+        )
+    lines += [
+        "",
+        "**Memory of a GPU in GiB by different tools**: 8 GPUs, tensor parallel 8, one sequence of 32K tokens, bf16, "
+        "fp32 gradients, Adam. Megatron's is `theoretical_memory_utils` of Megatron-Bridge 0.3.1, and assumes "
+        "selective recomputation and sequence parallelism; DeepSpeed's is the formula of its documentation (ZeRO-2 / "
+        "ZeRO-3 on 8 GPUs; it says nothing of activations); accelerate's is `estimate-memory`, for one GPU, with Adam.",
+        "",
+        "| | parameters | megamem: states | activations | Megatron: states | activations | DeepSpeed | accelerate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["estimators"]:
+        mine, megatron, deepspeed, accelerate = row["ours"], row["megatron"], row["deepspeed"], row["accelerate"]
+        theirs = (
+            [_gib(megatron["states"]), _gib(megatron["activations"])] if isinstance(megatron, dict) else [megatron, ""]
+        )
+        whole = _gib(accelerate["step"]) if isinstance(accelerate, dict) else accelerate
+        lines.append(
+            f"| {row['model']} | {row['parameters']['ours'] / 1e9:.2f} B | {_gib(mine['states'])} "
+            f"| {_gib(mine['activations'])} | {theirs[0]} | {theirs[1]} "
+            f"| {_gib(deepspeed['zero2'])} / {_gib(deepspeed['zero3'])} | {whole} |"
+        )
+    return [*lines, "", *_verdicts(data)]
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:,.1f}"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ NAMES = (
     "saved_activations",
     "training_parity",
     "kernel_bandwidth",
+    "planner",
     "gpu_layer",
     "quickstart",
     "schedules",
@@ -297,3 +298,12 @@ def test_pipeline_loop(tmp_path: Path) -> None:
         for found in part.values():
             for what in ("stock_ms", "ours_ms", "ratio", "ratio_cpu_time", "added_microseconds"):
                 check_summary(found[what])
+
+
+@pytest.mark.slow
+def test_planner(tmp_path: Path) -> None:
+    results = run("planner", tmp_path / "found.json")
+    assert all(abs(row["error"]) <= 0.03 and row["predicted"] for row in results["measured"])
+    assert all(row["met"] for row in results["published"])
+    assert all(row["parameters"]["ours"] == row["parameters"]["published"] for row in results["estimators"])
+    assert all(found["cpu_seconds"]["median"] > 0 for found in results["speed"].values())
