@@ -12,7 +12,6 @@ from megamem.planner.fractions.problem import Group, Problem, Shares, Solution, 
 
 _KEPT, _SWAPPED = "kept", "swapped"
 _Row = dict[tuple[int, str, str], float]
-_TIE = 1e-4  # of the time that a copy takes: of plans that are as fast, the one that copies least
 _FEW_GROUPS = 2  # beyond, HiGHS is faster, its loading included
 
 
@@ -114,9 +113,6 @@ class _Programme:
         self._at_most({**back, (number, "wait", "in"): -1.0}, cover * (group.backward + constant))
         for direction in ("out", "in"):
             self.objective[self.index[number, "wait", direction]] += group.layers
-        for key, seconds in out.items():
-            if key in self.index:
-                self.objective[self.index[key]] += group.layers * _TIE * seconds
 
     def _chain(self, number: int, group: Group) -> None:
         """Shares of a tensor add up to one at most, those of the base to one; an anchor's come behind `saved`."""
