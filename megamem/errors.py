@@ -18,6 +18,7 @@ Catch `MegamemError` to catch them all. Messages say who, what, and what to do n
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class MegamemError(Exception):
@@ -58,7 +59,12 @@ class AllocationError(MegamemError, ValueError):
 
 
 class CapacityError(AllocationError):
-    """The buffers cannot be placed within the capacity; the message holds the buffers that prove it."""
+    """The buffers cannot be placed within the capacity; the message holds the buffers that prove it.
+
+    `outcome` is the best solution that was found all the same, where a solver raises this.
+    """
+
+    outcome: Any = None  # a megamem.planner.allocation.solver.Outcome
 
 
 class NativeError(MegamemError, RuntimeError):

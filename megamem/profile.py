@@ -9,9 +9,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError, MissingPackage
+
+if TYPE_CHECKING:
+    from megamem.ir.allocation_trace import AllocationTrace
 
 EXAMPLES = """examples:
   megamem profile --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 \\
@@ -19,7 +22,7 @@ EXAMPLES = """examples:
       --vocab-size 128256 --bf16 --link-gb-per-s 40 --output costs.json
   torchrun --nproc-per-node 8 -m megamem profile ... --tensor-model-parallel-size 8 --sequence-parallel
   megamem profile --hardware --output profile.json      rates of this machine, for megamem plan --gpu profile.json
-  megamem profile ... --allocations trace.csv.gz && megamem solve trace.csv.gz
+  megamem profile ... --allocations step.trace && megamem solve step.trace
   megamem simulate --schedule auto --stages 8 --microbatches 64 --costs costs.json --memory-limit 40GiB
 
 Times are in milliseconds, memory in bytes, both per microbatch and tensor-parallel rank. Layers are Megatron-Core's
@@ -65,7 +68,7 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--allocations",
         type=Path,
         metavar="FILE",
-        help="the trace to write; MiniMalloc's columns in .csv and .csv.gz",
+        help="the trace to write; in .csv and .csv.gz MiniMalloc's columns, without layers and streams",
     )
     allocations.add_argument(
         "--allocations-from",
@@ -73,6 +76,16 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="fake",
         help="fake tensors, for a model and ranks of any size (default), or a real step on the processor",
     )
+    allocations.add_argument(
+        "--snapshot",
+        type=Path,
+        metavar="FILE.pickle",
+        help="take them from a CUDA memory snapshot of PyTorch instead; needs no model",
+    )
+    allocations.add_argument(
+        "--snapshot-step", type=int, metavar="N", help="the marked step to take; default: the last whole one, else all"
+    )
+    allocations.add_argument("--snapshot-device", type=int, default=0, metavar="N", help="default: 0")
     allocations.add_argument("--num-microbatches", type=int, default=1, help="of the iteration; default: 1")
     allocations.add_argument("--recompute-granularity", choices=("full",), help="default: no recomputation")
     parser.set_defaults(run=run_profile)
@@ -82,6 +95,8 @@ def run_profile(arguments: argparse.Namespace) -> int:
     """Measure and write; rank 0 does the talking."""
     if arguments.hardware:
         return _measure_hardware(arguments)
+    if arguments.snapshot is not None:
+        return _read_snapshot(arguments)
     _check(arguments)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module="megatron")  # about absent packages that are not needed
@@ -147,13 +162,27 @@ def _rates_table(content: dict[str, Any]) -> str:
 
 def _trace_allocations(arguments: argparse.Namespace) -> int:
     from megamem.integrations.allocation_run import allocation_groups, trace_here
-    from megamem.ir.allocation_trace import write_trace
     from megamem.testing.cpu import cpu_rig
 
     source = arguments.allocations_from
     with allocation_groups(arguments.tensor_model_parallel_size, source), cpu_rig():
         trace = trace_here(arguments)
-    write_trace(arguments.allocations, trace)
+    return _written(arguments.allocations, trace)
+
+
+def _read_snapshot(arguments: argparse.Namespace) -> int:
+    from megamem.profiler.cuda_snapshot import read_snapshot
+
+    if arguments.allocations is None:
+        raise ConfigError("--snapshot needs --allocations FILE, the trace to write")
+    trace = read_snapshot(arguments.snapshot, device=arguments.snapshot_device, step=arguments.snapshot_step)
+    return _written(arguments.allocations, trace)
+
+
+def _written(path: Path, trace: AllocationTrace) -> int:
+    from megamem.ir.allocation_trace import write_trace
+
+    write_trace(path, trace)
     print(f"{len(trace)} requests, at most {trace.peak_live() / 2**20:.1f} MiB live beside the persistent tensors")
     return 0
 

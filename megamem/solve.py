@@ -18,18 +18,20 @@ from megamem.errors import ConfigError
 from megamem.options import Duration, Invalid
 
 if TYPE_CHECKING:
+    from megamem.ir.allocation import Problem
     from megamem.planner.allocation.solver import Outcome, Progress
 
 _AMOUNT = re.compile(r"^(\d+(?:\.\d+)?(?=\s*[KMGT])|\d+)\s*(KiB|MiB|GiB|TiB)?$")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_EPILOG = """PROBLEM.csv has the columns id,lower,upper,size of MiniMalloc: buffers of `size` bytes, live from
-`lower` until before `upper`; it may be compressed (.csv.gz). --output writes the same with a column `offset`. Ctrl-C
-ends the work early, with the best solution so far.
+_EPILOG = """PROBLEM has the columns id,lower,upper,size of MiniMalloc: buffers of `size` bytes, live from `lower` until
+before `upper`; it may be compressed (.csv.gz). Or it is a trace by `megamem profile --allocations`, of which the
+requests of the main stream are placed, their sizes rounded up to 512 bytes, as the runtime places them. --output writes
+the columns with `offset`. Ctrl-C ends the work early, with the best solution so far.
 
 examples:
   megamem solve trace.csv.gz                             the lowest peak that is found in a minute
   megamem solve A.1048576.csv --capacity 1MiB            does it fit? proven either way, given the time
-  megamem solve trace.csv.gz --output plan.csv --svg plan.svg
+  megamem solve step.trace --output plan.csv --svg plan.svg
 """
 
 
@@ -42,7 +44,7 @@ def add_solve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    solve.add_argument("problem", metavar="PROBLEM.csv", help="the buffers, in MiniMalloc's columns")
+    solve.add_argument("problem", metavar="PROBLEM", help="the buffers: a CSV file in MiniMalloc's columns, or a trace")
     solve.add_argument(
         "--capacity", metavar="N", help="bytes to fit into (1048576, 40GiB); without it the least is sought"
     )
@@ -58,25 +60,50 @@ def add_solve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand. Raises MegamemError for everything that is wrong with the request."""
+    from megamem.errors import CapacityError
     from megamem.ir import allocation
     from megamem.planner.allocation.budget import Budget
     from megamem.planner.allocation.solvers import make_solver
 
     solver = make_solver(arguments.solver)
     seconds, capacity = _seconds(arguments.time_limit), _nbytes(arguments.capacity)
-    problem = allocation.read_problem(arguments.problem)
+    problem, left_out = _read(Path(arguments.problem))
     budget, line = Budget(seconds), _ProgressLine(seconds)
+    refusal = None
     try:
         with budget.until_interrupt():
             outcome = solver.solve(problem, capacity=capacity, budget=budget, on_progress=line.show)
+    except CapacityError as fault:
+        outcome, refusal = fault.outcome, fault
     finally:
         line.clear()
     if arguments.output:
         allocation.write(arguments.output, outcome.solution)
     if arguments.svg:
         _draw(arguments.svg, arguments.problem, outcome)
-    print(json.dumps(record(outcome), indent=2) if arguments.json else _text(outcome, budget.is_stopped))
+    if arguments.json:
+        extra = {"left_out": left_out or None, "refusal": str(refusal) if refusal else None}
+        print(json.dumps({**record(outcome), **extra}, indent=2))
+    elif refusal is None:
+        print(_text(outcome, budget.is_stopped) + (f"\nleft out     {left_out}" if left_out else ""))
+    if refusal is not None:
+        where = f", and is in {arguments.output}" if arguments.output else ""
+        raise CapacityError(f"{refusal} The best placement that was found takes {outcome.peak} bytes{where}.")
     return 0 if outcome.fits else 1
+
+
+def _read(path: Path) -> tuple[Problem, str]:
+    """The buffers of a trace or of a CSV file, and what of a trace is left out."""
+    from megamem.ir.allocation import read_problem
+    from megamem.ir.allocation_trace import is_trace, read_trace
+
+    if not is_trace(path):
+        return read_problem(path), ""
+    trace = read_trace(path)
+    stream = trace.main_stream
+    problem = trace.problem(stream=stream, shared=False)
+    others = len(trace) - len(problem)
+    return problem, f"{others} requests of other streams, or that two streams share" if others else ""
 
 
 def record(outcome: Outcome) -> dict[str, Any]:

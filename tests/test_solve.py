@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from megamem.cli import main
 from megamem.ir.allocation import Buffer, Problem, read_problem, read_solution, write
+from megamem.ir.allocation_trace import AllocationTrace, Request, write_trace
 from megamem.planner.allocation.validator import check
 
 # Three buffers, live in turns of two: 3 KiB is the most that is live, and enough.
@@ -110,14 +110,53 @@ def test_without_a_fitting_solution_in_time_the_status_is_1(tmp_path: Path, caps
     assert "nothing that fits was found in the time" in capsys.readouterr().out
 
 
+def test_a_trace_is_solved_as_the_runtime_plans_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = [
+        Request(size=1000, birth=0, death=2),
+        Request(size=9, birth=1, death=4, stream=1),
+        Request(size=500, birth=3, death=7),
+        Request(size=70, birth=5, death=6, is_shared=True),
+    ]
+    path = tmp_path / "step.trace"
+    write_trace(path, AllocationTrace(requests=tuple(requests), phases=(), num_events=8))
+    assert main(["solve", str(path), "--json", "--output", str(tmp_path / "s.csv")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["peak"], record["buffers"], record["optimal"]) == (1024, 2, True)
+    assert record["left_out"].startswith("2 requests of other streams")
+    assert [buffer.size for buffer in read_problem(tmp_path / "s.csv").buffers] == [1024, 512]
+    path.write_bytes(path.read_bytes()[:-12])
+    assert main(["solve", str(path)]) == 2
+    assert "step.trace: cannot be read" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_placed_all_the_same(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "s.csv"
+    assert main(["solve", str(file), "--capacity", "1KiB", "--json", "--output", str(output)]) == 2
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["fits"], record["peak"]) == (False, 3072)
+    assert "too small by at least 2048" in record["refusal"]
+    assert f"The best placement that was found takes 3072 bytes, and is in {output}." in err
+    check(read_solution(output), capacity=3072)
+
+
 def test_an_interrupt_ends_it_with_the_best_so_far(tmp_path: Path) -> None:
+    """Interrupted once it is seen to work: a pseudo-terminal shows the progress line."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+    main_end, terminal = pty.openpty()
     command = [sys.executable, "-m", "megamem", "solve", str(hard_problem(tmp_path / "hard.csv")), "--json"]
     command += ["--output", str(tmp_path / "s.csv")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1.5)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True) as process:
+        shown = ""
+        while "squeaky wheel" not in shown and "exact" not in shown:
+            shown += os.read(main_end, 1 << 12).decode()
         os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, "")
+        out, _ = process.communicate(timeout=120)
+    os.close(terminal)
+    os.close(main_end)
+    assert process.returncode == 0
     record = json.loads(out)
     solution = read_solution(tmp_path / "s.csv")
     check(solution)

@@ -10,6 +10,8 @@ which buffers are live together, and this order is what a steady iteration repea
 A request whose malloc or free lies outside the iteration has None for it. It is live from the beginning, or to the
 end. Buffers that are live throughout are in no request; `persistent` is their bytes, where they are known.
 
+Where in the model a request belongs is its phase's label, taken apart by `place`: layer, pass, microbatch.
+
 **File form**: gzip of one JSON object of columns, `{"format": "megamem.allocations", "version": 1, ...}`. Births are
 written as distances from one to the next, frees as distances from the birth; 10^5 requests take about 300 kB.
 `problem().to_csv()` is the form that other planners read.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -33,6 +36,8 @@ from megamem.ir.allocation import Buffer, Problem
 FORMAT = "megamem.allocations"
 VERSION = 1
 ALIGNMENT = 512  # bytes; the CUDA caching allocator rounds every request up to it
+_GZIP = b"\x1f\x8b"
+_LABEL = re.compile(r"(?:layer (?P<layer>\d{1,9}) )?(?P<part>[^,]+?)(?:, microbatch (?P<microbatch>\d{1,9}))?")
 _COLUMNS = ("size", "birth", "life", "stream", "is_shared")
 
 
@@ -57,6 +62,24 @@ class Phase:
 
     begin: int
     label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a request belongs: "forward" of layer 3, microbatch 0; "optimizer" of no layer. Empty and None: unknown."""
+
+    part: str = ""
+    layer: int | None = None
+    microbatch: int | None = None
+
+    @classmethod
+    def of(cls, label: str) -> Place:
+        """The place that a phase's label names; any label names one."""
+        match = _LABEL.fullmatch(label)
+        if match is None:
+            return cls(part=label)
+        numbers = [None if text is None else int(text) for text in match.group("layer", "microbatch")]
+        return cls(part=match["part"], layer=numbers[0], microbatch=numbers[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +118,23 @@ class AllocationTrace:
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    @property
+    def main_stream(self) -> int:
+        """The stream with the most bytes, the lowest of them; 0 without requests."""
+        nbytes: Counter[int] = Counter()
+        for request in self.requests:
+            nbytes[request.stream] += request.size
+        return min(nbytes, key=lambda stream: (-nbytes[stream], stream), default=0)
+
+    def places(self) -> list[Place]:
+        """Per request the place it was born in; of one from before the iteration it is not known."""
+        begins, places = [phase.begin for phase in self.phases], [Place.of(phase.label) for phase in self.phases]
+        found = []
+        for request in self.requests:
+            at = -1 if request.birth is None else bisect_right(begins, request.birth) - 1
+            found.append(places[at] if at >= 0 else Place())
+        return found
 
     def events(self) -> Iterator[tuple[bool, int]]:
         """(is_malloc, index of the request) in order; requests from before the iteration come first."""
@@ -189,6 +229,19 @@ def write_trace(path: str | Path, trace: AllocationTrace) -> None:
         path.write_bytes(trace.to_bytes())
     except OSError as fault:
         raise AllocationError(f"{path}: cannot be written ({fault.strerror or fault})") from fault
+
+
+def is_trace(path: str | Path) -> bool:
+    """Whether a file holds a trace rather than a CSV, by its first bytes. False where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(2)
+        if head != _GZIP:
+            return False
+        with gzip.open(path) as unpacked:
+            return unpacked.read(1) == b"{"
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def read_trace(path: str | Path) -> AllocationTrace:

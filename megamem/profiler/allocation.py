@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -114,19 +114,32 @@ class EventLog:
 class LayerPhases:
     """Says which pass of which layer the program is in: "layer 3 forward, microbatch 0".
 
-    Layers are numbered as they are given. A backward pass lasts from the gradient of the layer's output to that of
-    its input; a layer that is recomputed begins its backward pass with that. Microbatches are counted per layer, so
-    their backward passes must come in the order of their forward passes, as they do in every pipeline schedule.
+    Layers are numbered as they are given, or by `numbers`; `others` are modules beside the layers, by name, such as the
+    embedding. What is in no module, the program says itself by `enter`. A backward pass lasts from the gradient of the
+    layer's output to that of its input; a layer that is recomputed begins its backward pass with that. Microbatches are
+    counted per layer, so their backward passes must come in the order of their forward passes, as they do in every
+    pipeline schedule.
     """
 
-    def __init__(self, layers: Sequence[Module], first: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Module],
+        numbers: Sequence[int] | None = None,
+        *,
+        others: Mapping[str, Module] | None = None,
+        on_enter: Callable[[str], None] = lambda label: None,
+    ) -> None:
+        """`on_enter` is told of every phase as well, to show progress."""
         self._listener: Callable[[str], None] = lambda label: None
+        self._on_enter = on_enter
         self._current = OUTSIDE
-        self._forwards: Counter[int] = Counter()
-        self._recomputed: Counter[int] = Counter()
+        self._forwards: Counter[str] = Counter()
+        self._recomputed: Counter[str] = Counter()
         self._handles: list[Any] = []
-        for number, layer in enumerate(layers, start=first):
-            self._hook(layer, number)
+        for number, layer in zip(range(len(layers)) if numbers is None else numbers, layers, strict=True):
+            self._hook(layer, f"layer {number}")
+        for name, module in (others or {}).items():
+            self._hook(module, name)
 
     def listen(self, listener: Callable[[str], None]) -> None:
         """Tell `listener` of every phase that begins."""
@@ -143,25 +156,27 @@ class LayerPhases:
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, label: str) -> None:
+    def enter(self, label: str) -> None:
+        """A phase begins; the empty label ends the one before."""
         self._current = label
         self._listener(label)
+        self._on_enter(label)
 
     def _leave(self, label: str) -> None:
         # The input of a layer is the output of the one before, whose backward pass its gradient may have begun.
         if self._current == label:
-            self._enter(OUTSIDE)
+            self.enter(OUTSIDE)
 
-    def _label(self, number: int, counts: Counter[int], kind: str) -> str:
-        return f"layer {number} {kind}, microbatch {counts[number] - 1}"
+    def _label(self, name: str, counts: Counter[str], kind: str) -> str:
+        return f"{name} {kind}, microbatch {counts[name] - 1}"
 
-    def _hook(self, layer: Module, number: int) -> None:
+    def _hook(self, layer: Module, name: str) -> None:
         def before(_layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             is_again = _is_in_backward()  # recomputation
             counts = self._recomputed if is_again else self._forwards
-            counts[number] += 1
-            backward = self._label(number, counts, "backward")
-            self._enter(backward if is_again else self._label(number, counts, "forward"))
+            counts[name] += 1
+            backward = self._label(name, counts, "backward")
+            self.enter(backward if is_again else self._label(name, counts, "forward"))
             for tensor in _differentiable((args, kwargs)):
                 tensor.register_hook(lambda _gradient: self._leave(backward))  # type: ignore[no-untyped-call]
                 break  # the hidden states; what follows is not on the path through the layers
@@ -169,12 +184,12 @@ class LayerPhases:
         def after(_layer: Module, _args: Any, _kwargs: Any, output: Any) -> None:
             is_again = _is_in_backward()
             counts = self._recomputed if is_again else self._forwards
-            backward = self._label(number, counts, "backward")
+            backward = self._label(name, counts, "backward")
             for tensor in _differentiable(output):
-                tensor.register_hook(lambda _gradient: self._enter(backward))  # type: ignore[no-untyped-call]
+                tensor.register_hook(lambda _gradient: self.enter(backward))  # type: ignore[no-untyped-call]
                 break
             if not is_again:
-                self._leave(self._label(number, counts, "forward"))
+                self._leave(self._label(name, counts, "forward"))
 
         self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(layer.register_forward_hook(after, with_kwargs=True))

@@ -22,6 +22,8 @@ from megamem.planner.allocation.budget import Budget
 from megamem.planner.allocation.core import Core, best_core
 from megamem.planner.allocation.sweep import Sweep
 
+STACKED = "stacked"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
@@ -88,7 +90,6 @@ class Task:
     """One problem being solved. All sizes within are in units of `sweep.unit` bytes.
 
     `target` is what ends the work: the capacity in units, or the lower bound where the least peak is wanted.
-    Raises CapacityError where a proof says that the capacity cannot be met.
     """
 
     def __init__(
@@ -104,10 +105,9 @@ class Task:
         self.core, self.note = (core, "") if core is not None else best_core()
         self.sweep = Sweep.of(problem)
         self._on_progress, self.doing = on_progress, "looking at the problem"
-        self.offsets, self.found_by = _stacked(self.sweep), "stacked"
+        self.offsets, self.found_by = _stacked(self.sweep), STACKED
         self.peak = self.sweep.peak(self.offsets)
         self.bound = _live_bound(problem, self.sweep)
-        self._check_capacity()
 
     @property
     def lower_bound(self) -> int:
@@ -153,7 +153,7 @@ class Task:
         if bound.nbytes > self.bound.nbytes:
             self.bound = bound
             self.tell()
-            self._check_capacity()
+            self.check_capacity()
 
     def outcome(self) -> Outcome:
         """The best so far, validated by code that shares nothing with the solvers."""
@@ -165,7 +165,8 @@ class Task:
             seconds=self.budget.elapsed, note=self.note,
         )  # fmt: skip
 
-    def _check_capacity(self) -> None:
+    def check_capacity(self) -> None:
+        """Raise CapacityError where the bound says that the capacity cannot be met."""
         if self.capacity is not None and self.capacity < self.bound.nbytes:
             raise CapacityError(_too_small(self.problem, self.bound, self.capacity))
 
@@ -192,12 +193,27 @@ class Solver(ABC):
     ) -> Outcome:
         """Solve a problem: fit it into `capacity` bytes or, without one, make its peak as low as it gets.
 
-        `core` is the compiled one, or else its Python twin, unless given. Raises as `improve` does.
+        `core` is the compiled one, or else its Python twin, unless given. Raises as `improve` does; a CapacityError
+        has the best solution as its `outcome`, which does not fit.
         """
         task = Task(problem, capacity=capacity, budget=budget, core=core, on_progress=on_progress)
-        if not task.is_done:
-            self.improve(task)
+        try:
+            task.check_capacity()
+            if not task.is_done:
+                self.improve(task)
+        except CapacityError as fault:
+            if task.found_by == STACKED:  # the bound alone said no, before anything was tried
+                _first_improvement(task)
+            fault.outcome = task.outcome()
+            raise
         return task.outcome()
+
+
+def _first_improvement(task: Task) -> None:
+    """What solvers begin with, for a task that has nothing yet."""
+    from megamem.planner.allocation.greedy import try_portfolio  # which is made of the classes above
+
+    try_portfolio(task)
 
 
 def _stacked(sweep: Sweep) -> list[int]:

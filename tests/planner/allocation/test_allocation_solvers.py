@@ -86,6 +86,8 @@ def test_a_capacity_proven_too_small_is_explained(kind: type[Solver], arguments:
     with pytest.raises(CapacityError, match=r"exhaustive search over \d+ buffers") as caught:
         kind().solve(problem, capacity=(arguments["capacity"] + 1) * 512 - 1)
     assert f"{(arguments['capacity'] + 1) * 512} or more" in str(caught.value)
+    assert caught.value.outcome.peak >= (arguments["capacity"] + 1) * 512
+    validator.check(caught.value.outcome.solution)
 
 
 @every_solver
@@ -93,8 +95,10 @@ def test_a_capacity_below_the_live_bytes_is_explained(kind: Callable[[], Solver]
     problem = tight_problem(3, capacity=8)
     with pytest.raises(
         CapacityError, match=r"too small by at least 1\. 8 bytes are needed: at instant \d+ \d+ buffers"
-    ):
+    ) as caught:
         kind().solve(problem, capacity=7)
+    assert 8 <= caught.value.outcome.peak < problem.total_size
+    validator.check(caught.value.outcome.solution)
 
 
 @every_solver
