@@ -143,9 +143,8 @@ class VocabularyParallel(Capability, AbstractLoss):
         assert shards is not None  # `problems` has seen to it
         self._shards = weakref.ref(shards)
         scale = getattr(model, "_scale_logits", None)  # since 0.19: muP
-        if scale is not None:
-            probe = PendingLogits(layer=model.output_layer, hidden=torch.empty(0), weight=torch.empty(0))
-            self._logit_scale = scale(probe).scale
+        if scale is not None:  # asked on every rank, also where the model has no output layer
+            self._logit_scale = float(scale(torch.ones((), dtype=torch.float64)))
 
     @property
     def shards(self) -> VocabularyShards:
