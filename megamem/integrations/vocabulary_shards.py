@@ -174,7 +174,7 @@ def shard_model(model: Any, values: dict[str, Any]) -> None:
     """
     config, vocab_size = model.config, values["vocab_size"]
     if (model.vp_stage or 0) == 0:
-        group, tensor = physical_group(model.pp_group), model.tp_group
+        group, tensor = physical_group(model.pp_group), model.pg_collection.tp  # 0.15 has no tp_group
         number = shard_number(pipeline_rank=group.rank(), tensor_rank=tensor.rank(), tensor_size=tensor.size())
         words = shard_vocabulary(vocab_size, group.size() * tensor.size())[number]
         shards = VocabularyShards(words, vocab_size, config, is_tied=values["share_embeddings_and_output_weights"])
