@@ -56,10 +56,7 @@ def normalise(
             raise ValueError(f"{name} is [{width}], as the input is {list(input.shape)}; not {list(parameter.shape)}")
     if width > MAX_WIDTH and takes_triton(backend, input.device):
         raise ValueError(f"a row has {width} elements; at most {MAX_WIDTH} with Triton, or take backend='torch'")
-    if input.numel() and input.stride(-1) != 1:
-        input = input.contiguous()
-    input_TD = input.reshape(-1, width) if input.numel() else input.reshape(0, width)
     output_TD: torch.Tensor = NormFunction.apply(  # type: ignore[no-untyped-call]
-        input_TD, weight, bias, eps, centred, format, backend
+        input, weight, bias, eps, centred, format, backend
     )
     return output_TD.view(input.shape)

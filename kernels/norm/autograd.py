@@ -17,12 +17,12 @@ from ..block_codec import BlockFormat, from_saved, to_saved
 
 
 class NormFunction(torch.autograd.Function):
-    """input [T, D], weight [D], bias [D] or None -> output [T, D]."""
+    """input [..., D], weight [D], bias [D] or None -> output [T, D]."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        input_TD: torch.Tensor,
+        input: torch.Tensor,
         weight_D: torch.Tensor,
         bias_D: torch.Tensor | None,
         eps: float,
@@ -31,11 +31,13 @@ class NormFunction(torch.autograd.Function):
         backend: Backend | None,
     ) -> torch.Tensor:
         """Output, statistics, and codes if there is a format."""
-        operations = implementation(__package__, backend, input_TD.device)
+        operations = implementation(__package__, backend, input.device)
+        input_TD = _rows(input)
         output_TD: torch.Tensor
         output_TD, mean_T, rstd_T, quantised = operations.forward(input_TD, weight_D, bias_D, eps, centred, format)
-        ctx.format, ctx.operations = format, operations
-        source: tuple[torch.Tensor, torch.Tensor | None] = (input_TD, None)
+        ctx.format, ctx.operations, ctx.shape = format, operations, input.shape
+        # The input itself, not its rows: of one that is part of a larger tensor (queries of qkv) those are a copy.
+        source: tuple[torch.Tensor, torch.Tensor | None] = (input, None)
         if quantised is not None:
             assert format is not None
             source = to_saved(quantised, format)
@@ -50,7 +52,7 @@ class NormFunction(torch.autograd.Function):
         input_gradient_TD, weight_gradient_D, bias_gradient_D = ctx.operations.backward(
             gradient_TD.contiguous(), source, mean_T, rstd_T, weight_D, bias_D, ctx.format
         )
-        return input_gradient_TD, weight_gradient_D, bias_gradient_D, None, None, None, None
+        return input_gradient_TD.view(ctx.shape), weight_gradient_D, bias_gradient_D, None, None, None, None
 
 
 def rebuilder(output: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -70,6 +72,14 @@ def _rebuild(node: Any, output: torch.Tensor) -> None:
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """The input as it was saved, mean, rstd, weight and bias."""
+    """The rows of the input as it was saved, mean, rstd, weight and bias."""
     source, scales, *rest = ctx.saved_tensors
-    return source if scales is None else from_saved(source, scales), *rest
+    return _rows(source) if scales is None else from_saved(source, scales), *rest
+
+
+def _rows(input: torch.Tensor) -> torch.Tensor:
+    """The input as [T, D], with neighbours in memory beside each other."""
+    if not input.numel():
+        return input.reshape(0, input.shape[-1])
+    rows_TD = input.reshape(-1, input.shape[-1])
+    return rows_TD if rows_TD.stride(-1) == 1 else rows_TD.contiguous()

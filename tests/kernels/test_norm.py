@@ -202,7 +202,7 @@ def test_the_operators_keep_their_contracts(interpreter: ModuleType) -> None:
     torch.library.opcheck(kernels._forward_operator, arguments, test_utils=checks)
     kernels._forward_operator(*arguments)
     rebuilt = (output, codes, scales, mean, rstd, weight, weight.clone(), "e4m3", 32, False)
-    torch.library.opcheck(kernels._rebuilderoperator, rebuilt, test_utils=checks)
+    torch.library.opcheck(kernels._rebuild_operator, rebuilt, test_utils=checks)
     parts = (torch.empty(3, 64), torch.empty(2, 64), torch.empty(2, 64))
     backward = (*parts, torch.randn(3, 64), codes, scales, mean, rstd, weight, "e4m3", 32, False)
     torch.library.opcheck(kernels._backward_operator, backward, test_utils=checks)

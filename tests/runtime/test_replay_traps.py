@@ -213,7 +213,7 @@ def not_token_wise(kind: str) -> dict[str, Any]:
                 found[where] = train(case, options, prepare=prepare).differences(stock)
             except UnsupportedError as error:
                 found[where] = str(error)
-    with mutated(signature, "_close", lambda one, other: True):
+    with mutated(signature._Learner, "_close", lambda self, one, other: True):
         unguarded = train(case, HALF if kind == "mixing" else RECOMPUTE, prepare=prepare)
         found["unguarded"] = unguarded.differences(stock)
     return found
