@@ -78,6 +78,16 @@ def as_if_fused(configs: Iterable[Any]) -> Iterator[None]:
             config.bias_activation_fusion = False
 
 
+def two_bit_problems(layer: Any) -> Iterator[str]:
+    """Why two bits of the input of a layer's activation function do not make its gradient."""
+    config = layer.config
+    if config.activation_func is not functional.gelu or config.gated_linear_unit:
+        yield (
+            "two bits stand for the slope of GELU, and of no other function; with a gate they save nothing, because "
+            "the other half's gradient needs the whole input. Take mlp"
+        )
+
+
 def activation_problems(layer: Any) -> Iterator[str]:
     """Why the MLPs of a layer would not call a fused activation function, even if they were told to."""
     config = layer.config

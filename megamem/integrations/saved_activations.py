@@ -6,6 +6,8 @@
                outputs that linear layers save: given back when the block behind them has run, made again in its
                backward pass
 
+`regelu2`, experimental, keeps two bits of each input of GELU, from which its output cannot be made again: fc2 keeps it.
+
 Besides, attention's values are copied out of the output of the linear layer that made query, key and value: saved as a
 part of it they would hold all of it, 1.5 h of Llama 3's numbers a token for 0.25 h.
 
@@ -34,7 +36,13 @@ from torch.nn import Module
 
 from megamem.errors import UnsupportedError
 from megamem.integrations import compat, transformer_engine
-from megamem.integrations.activation_functions import activation_problems, as_if_fused, read_call
+from megamem.integrations.activation_functions import (
+    ActivationCall,
+    activation_problems,
+    as_if_fused,
+    read_call,
+    two_bit_problems,
+)
 from megamem.integrations.capability import Capability
 from megamem.integrations.norms import NormSettings, read_norm
 from megamem.integrations.report import mib
@@ -42,6 +50,7 @@ from megamem.kernels import activation as activation_kernels
 from megamem.kernels import norm as norm_kernels
 from megamem.kernels.activation import activate
 from megamem.kernels.block_codec import BlockFormat
+from megamem.kernels.regelu2 import regelu2, saved_nbytes
 from megamem.patches import GROUPS
 from megamem.patches.registry import Patch
 from megamem.runtime.activations.layer import Args, Kwargs, first_tensor, watching
@@ -125,6 +134,7 @@ class SavedActivations(Capability, AbstractActivations):
         mode = options.saved_activations
         self._activation_format = made if mode in ("mlp", "all") else None
         self._norm_format = made if mode == "all" else None
+        self._is_two_bit = mode == "regelu2"
         self._num_steps = self._num_layers = self._num_calls = 0
         self._input_nbytes = self._kept_nbytes = self._discarded_nbytes = 0
         self._blocks: weakref.WeakKeyDictionary[Module, _Blocks] = weakref.WeakKeyDictionary()
@@ -137,6 +147,8 @@ class SavedActivations(Capability, AbstractActivations):
 
     def expected(self) -> str:
         format = self._activation_format
+        if self._is_two_bit:
+            return "2 bits of each input of GELU; its gradient is off by tens of percent: experimental"
         if format is None:
             return "gradients are stock's to rounding"
         bits = 8 + 32 / format.group
@@ -150,7 +162,9 @@ class SavedActivations(Capability, AbstractActivations):
         config: Any = layer.config
         if compat.uses_low_precision(config) and config.fp8_recipe != "delayed":
             # Or FP8 layers would save the outputs that are not to be kept as copies of their own.
-            self._sharing += transformer_engine.save_original_inputs(_consumers(layer))
+            self._sharing += transformer_engine.save_original_inputs(
+                _consumers(layer, with_second=not self._is_two_bit)
+            )
 
     @contextmanager
     def around_layer(self, layer: Module, *, is_replay: bool) -> Iterator[None]:
@@ -203,8 +217,9 @@ class SavedActivations(Capability, AbstractActivations):
         return (query, key, value.clone(memory_format=torch.contiguous_format), *args[3:])
 
     def _run_norm(self, module: Module, norm: NormSettings, hidden: Tensor) -> Tensor:
-        output = norm.run(module, hidden, self._norm_format)
-        self._count(output, hidden, hidden.shape, self._norm_format)
+        format = self._norm_format
+        output = norm.run(module, hidden, format)
+        self._count(output, hidden, hidden.nbytes if format is None else format.nbytes(hidden.shape))
         return output
 
     def run_activation(
@@ -212,19 +227,27 @@ class SavedActivations(Capability, AbstractActivations):
     ) -> Tensor:
         block = self._running[-1] if self._running else _Block(None)
         call = read_call(name, args, kwargs, block.unfused)
-        output = activate(
-            call.input, call.activation, bias=call.bias, weights=call.weights, format=self._activation_format
-        )
+        if self._is_two_bit:
+            return self._run_regelu2(call)
+        format = self._activation_format
+        output = activate(call.input, call.activation, bias=call.bias, weights=call.weights, format=format)
         if output.requires_grad:
             block.made.append((output, activation_kernels.rebuilder(output)))
-        self._count(output, call.input, call.halves, self._activation_format)
+        self._count(output, call.input, call.input.nbytes if format is None else format.nbytes(call.halves))
         return output
 
-    def _count(self, output: Tensor, source: Tensor, shape: tuple[int, ...], format: BlockFormat | None) -> None:
+    def _run_regelu2(self, call: ActivationCall) -> Tensor:
+        approximate = "tanh" if call.activation.function == "gelu_tanh" else "none"
+        output = regelu2(call.input, bias=call.bias, approximate=approximate)
+        self._count(output, call.input, saved_nbytes(call.input.shape))
+        return output
+
+    def _count(self, output: Tensor, source: Tensor, kept_nbytes: int) -> None:
+        """One call: what stock saves of it, and what is saved instead."""
         self._num_calls += 1
         if output.requires_grad and not self._is_replay:
             self._input_nbytes += source.nbytes
-            self._kept_nbytes += source.nbytes if format is None else format.nbytes(shape)
+            self._kept_nbytes += kept_nbytes
 
     def end_step(self) -> None:
         self._num_steps += 1
@@ -268,6 +291,8 @@ class SavedActivations(Capability, AbstractActivations):
         if getattr(config, "overlap_moe_expert_parallel_comm", False):
             yield "overlap_moe_expert_parallel_comm runs the parts of a layer on its own schedule; switch it off"
         yield from activation_problems(layer)
+        if self._is_two_bit:
+            yield from two_bit_problems(layer)
         blocks = _blocks_of(layer)
         if self._norm_format is not None and not blocks.norms:
             yield (
@@ -279,15 +304,15 @@ class SavedActivations(Capability, AbstractActivations):
             yield f"hidden_size {hidden} is more than {norm_kernels.MAX_WIDTH}, the widest norm that the kernels take"
 
 
-def _consumers(layer: Module) -> Iterator[Module]:
-    """The linear layers that are given the outputs of norms, and those given the outputs of activation functions."""
+def _consumers(layer: Module, *, with_second: bool) -> Iterator[Module]:
+    """The linear layers that are given the outputs of norms and, `with_second`, of activation functions."""
     blocks = _blocks_of(layer)
     for name in blocks.norms:
         block = blocks.modules[_CONSUMERS[name]]
         for path in ("linear_qkv", "linear_fc1", "shared_experts.linear_fc1"):
             with suppress(AttributeError):
                 yield block.get_submodule(path)
-    for module in blocks.modules.values():
+    for module in blocks.modules.values() if with_second else ():
         second = getattr(module, "linear_fc2", None)
         if second is not None:
             yield second

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megamem.testing.trials import HALF, RECOMPUTE, RESIDUAL, SWAP, error_of, start_case
+from megamem.testing.trials import HALF, RECOMPUTE, RESIDUAL, SWAP, error_of, mutated, start_case
 
 pytest.importorskip("torch", reason="pip install 'megamem[train]'")
 pytestmark = pytest.mark.megatron
@@ -77,6 +77,49 @@ def test_losses_and_gradients_are_stocks(dist: Dist, mode: str, ranks: int, fiel
         assert {name: error for name, error in errors.items() if not error < CODED[mode]} == {}
         assert mode == "rebuild" or max(errors.values()) > 1e-3, "nothing was coded"
         assert "outputs given back, per step" in report
+
+
+def with_ramps() -> tuple[float, dict[str, float], float]:
+    """ReGELU2 beside stock Megatron whose GELU has the gradient of the ramps: loss, gradients, and what it is off."""
+    import torch
+    from megatron.core.transformer import mlp
+    from torch.nn import functional
+
+    from megamem.kernels.regelu2 import THRESHOLDS
+    from megamem.kernels.regelu2.reference import WEIGHTS
+    from megamem.testing.parity import relative_error, train
+
+    def ramps(input: Any, bias: Any) -> Any:
+        """Megatron's GELU, the slope of another function."""
+        with torch.no_grad():
+            exact = functional.gelu(input + bias, approximate="tanh")
+        x = input + bias
+        other = sum(a * (x - c).relu() for a, c in zip(WEIGHTS, THRESHOLDS, strict=True))
+        return other + (exact - other).detach()
+
+    case = start_case(**{**SMALL, **GELU})
+    stock = train(case, steps=1)
+    ours = train(case, sections=fp8("regelu2"), steps=1)
+    with mutated(mlp, "bias_gelu_impl", ramps):
+        expected = train(case, steps=1)
+    errors = {name: relative_error(ours.gradients[name], expected.gradients[name]) for name in expected.gradients}
+    off = max(relative_error(ours.gradients[name], stock.gradients[name]) for name in stock.gradients)
+    return abs(ours.losses[0] - stock.losses[0]) / stock.losses[0], errors, off
+
+
+def test_regelu2_has_the_gradient_of_the_ramps(dist: Dist) -> None:
+    """Which is not GELU's, while the loss is stock's."""
+    ((loss, errors, off),) = dist(1)(with_ramps)
+    assert loss < FP32 and max(errors.values()) < 1e-5
+    assert 0.1 < off < 2.0
+
+
+@pytest.mark.parametrize("activations", [SWAP, RECOMPUTE], ids=["swap", "recompute"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
+def test_the_engine_moves_and_rebuilds_two_bits(dist: Dist, activations: Fields, fused: bool) -> None:
+    fields = {"layers": 3, **GELU, "config": {"bias_activation_fusion": fused}, "tp": 2, "sp": True}
+    for differences, _, num_unplanned, _ in dist(2)(with_engine, fields, "regelu2", activations):
+        assert differences == [] and num_unplanned == 0
 
 
 def with_engine(fields: Fields, mode: str, activations: Fields) -> tuple[list[str], float, int, int]:
@@ -150,7 +193,7 @@ def scheduled(fields: Fields, schedule: str, activations: Fields | None) -> list
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def bytes_of_a_layer() -> dict[str, int]:
+def bytes_of_a_layer(modes: tuple[str, ...], freeze: bool, fields: Fields) -> dict[str, int]:
     """What each of four layers holds after a forward pass, by mode; the metre counts storages."""
     import torch
 
@@ -158,10 +201,13 @@ def bytes_of_a_layer() -> dict[str, int]:
     from megamem.integrations.metering import measured_activations
     from megamem.testing.models import batches, build_gpt
 
-    case = start_case(**{**SMALL, "layers": 4, "hidden": 256, "ffn": 896, "dtype": torch.bfloat16, "ddp": False})
+    sizes = {"layers": 4, "hidden": 256, "ffn": 896, "dtype": torch.bfloat16, "ddp": False}
+    case = start_case(**{**SMALL, **sizes, **fields})
 
     def held(meter: Any) -> int:
         (chunk,) = build_gpt(case)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not (freeze and "linear_fc2.weight" in name))
         (batch,) = batches(case, 1)
         loss = chunk(batch.tokens, batch.positions, batch.mask, labels=batch.labels).mean()
         found = int(meter.now_bytes)
@@ -172,7 +218,7 @@ def bytes_of_a_layer() -> dict[str, int]:
 
     with measured_activations() as meter:
         found = {"stock": held(meter)}
-    for mode in CODED:
+    for mode in modes:
         with megamem.enable(fp8(mode)) as handle:
             found[mode] = held(handle.meter())
     return found
@@ -181,13 +227,25 @@ def bytes_of_a_layer() -> dict[str, int]:
 def test_bytes_that_a_layer_holds(dist: Dist) -> None:
     """To the byte what each mode leaves out. bf16; 8.25 bits an element."""
     tokens, hidden, ffn, values = 32, 256, 896, 128
-    (found,) = dist(1)(bytes_of_a_layer)
+    (found,) = dist(1)(bytes_of_a_layer, tuple(CODED), False, {})
     outputs = tokens * 2 * (2 * hidden + ffn)
     beside_values = tokens * 2 * (hidden + 2 * values - values)
     assert found["stock"] - found["rebuild"] == outputs + beside_values
     assert found["rebuild"] - found["mlp"] == tokens * (2 * 2 * ffn - 2 * ffn - 4 * 2 * 7)
     assert found["mlp"] - found["all"] == 2 * tokens * (2 * hidden - hidden - 4 * 2)
     assert found["all"] < 0.5 * found["stock"]
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["trained", "fc2 frozen"])
+def test_bytes_with_two_bits(dist: Dist, freeze: bool) -> None:
+    """More than with 8 where fc2 is trained, because it keeps its input; less where it is frozen."""
+    tokens, ffn = 32, 896
+    (found,) = dist(1)(bytes_of_a_layer, ("rebuild", "mlp", "regelu2"), freeze, GELU)
+    output, codes = 0 if freeze else tokens * 2 * ffn, tokens * (ffn + 4 * 7)
+    bits = tokens * ffn // 4
+    assert found["rebuild"] - found["mlp"] == tokens * 2 * ffn - codes
+    assert found["regelu2"] - found["mlp"] == output + bits - codes
+    assert (found["regelu2"] < found["mlp"]) == freeze
 
 
 def peaks() -> tuple[dict[str, int], dict[str, int]]:
@@ -277,6 +335,7 @@ def test_it_leaves_nothing_behind(dist: Dist) -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Fields, str, str]] = {
+    "two bits of SwiGLU": ({}, "regelu2", "two bits stand for the slope of GELU, and of no other function"),
     "another function": ({"bias_activation_fusion": False, "gated_linear_unit": False}, "mlp", "silu without a gate"),
     "Megatron's own": ({"activation_func_fp8_input_store": True}, "mlp", "without scales"),
     "full recomputation": (

@@ -156,6 +156,16 @@ def activation_cases() -> list[Case]:
     ]
 
 
+def regelu2_cases() -> list[Case]:
+    types = {**dict.fromkeys(("source", "output", "bias", "gradient", "input_gradient"), "*bf16"), "bits": "*u8"}
+    aligned = ("width", "quarter")
+    return [
+        *(Case(kernel="regelu2_kernel", constants={"has_bias": True, "function": function, "block": 2048},
+               types=types, aligned=(*aligned, "stride"), id=function) for function in ("gelu", "gelu_tanh")),
+        Case(kernel="regelu2_backward_kernel", constants={"block": 2048}, types=types, aligned=aligned),
+    ]  # fmt: skip
+
+
 def norm_warps(width: int) -> int:
     return int(norm_kernels._tile(width, 128)["num_warps"])
 
@@ -196,7 +206,7 @@ def norm_cases() -> list[Case]:
     return cases
 
 
-CASES = [*loss_cases(), *codec_cases(), *activation_cases(), *norm_cases()]
+CASES = [*loss_cases(), *codec_cases(), *activation_cases(), *regelu2_cases(), *norm_cases()]
 
 
 def functions() -> dict[str, tuple[Any, Mapping[str, Any]]]:

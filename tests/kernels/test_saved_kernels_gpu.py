@@ -12,6 +12,7 @@ from megamem.kernels.activation import FUNCTIONS, Activation, activate, rebuilde
 from megamem.kernels.block_codec import BlockFormat
 from megamem.kernels.norm import normalise
 from megamem.kernels.norm import rebuilder as norm_rebuilder
+from megamem.kernels.regelu2 import reference as regelu2_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -69,6 +70,25 @@ def test_norms(format: Any, dtype: torch.dtype, width: int, centred: bool) -> No
         lambda x, weight, bias: normalise(x, weight, bias, eps=1e-5, centred=centred, format=format),
         norm_rebuilder, [x, weight, bias], upstream,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("width", [37, 2048, 16384])
+def test_regelu2(dtype: torch.dtype, width: int, approximate: Any) -> None:
+    """Bits and gradients to the bit: sums and comparisons in fp32 have nothing to round otherwise."""
+    pytest.importorskip("triton", reason="pip install triton")
+    from megamem.kernels.regelu2 import triton as kernels
+
+    random = torch.Generator().manual_seed(3)
+    x, upstream = ((3 * torch.randn(65, width, generator=random)).to(dtype) for _ in range(2))
+    bias = torch.randn(width, generator=random).to(dtype)
+    expected, expected_bits = regelu2_reference.forward(x, bias, approximate)
+    found, bits = kernels.forward(x.cuda(), bias.cuda(), approximate)
+    assert relative(found, expected) < ROUNDING[dtype]
+    assert torch.equal(bits.cpu(), expected_bits)
+    gradient = kernels.backward(upstream.cuda(), bits)
+    assert torch.equal(gradient.cpu(), regelu2_reference.backward(upstream, expected_bits))
 
 
 def test_nothing_waits_for_the_device() -> None:
