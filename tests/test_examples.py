@@ -291,6 +291,54 @@ class TestVocabularyParallel:
         assert validations(log) == pytest.approx(validations(stock), rel=1e-5)
 
 
+MEMO = ("--megamem-activations-policy", "memo", "--megamem-activations-keep-last-layers", 0)
+CODED = "--megamem-fp8-saved-activations"
+TWO_CHUNKS = ("--num-virtual-stages-per-pipeline-rank", 2)
+
+
+class TestMemoryLight:
+    """What layers save in fewer bytes, each option by its flag, together with swap, schedules and the memory plan."""
+
+    pytestmark = slow
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (
+                (*TWO_CHUNKS, CODED, "all", *MEMO, "--megamem-activations-compress", "fp8",
+                 "--megamem-schedule-name", "gis-h"),
+                ("saved activations                          all, e4m3", "swapped to host memory"),
+            ),
+            (
+                (*TWO_CHUNKS, CODED, "mlp", "--megamem-schedule-name", "v-half", "--megamem-vocabulary-parallel",
+                 "true"),
+                ("saved activations                          mlp, e4m3", "microbatches that passed through its rows"),
+            ),
+            (
+                (CODED, "rebuild", "--megamem-allocator-mode", "static", "--train-iters", 6),
+                ("rebuild", "fallbacks to PyTorch's allocator                         0 (0.0 MiB)"),
+            ),
+            (
+                (*TWO_CHUNKS, *MEMO, "--megamem-activations-compress", "fp8", "--megamem-mlp-tiles", 4,
+                 "--megamem-schedule-name", "v-half", "--megamem-vocabulary-parallel", "true"),
+                ("MLP calls in tiles", "the last one in 4"),
+            ),
+        ],
+        ids=["all, compress, gis-h", "mlp, v-half, vocabulary", "rebuild, static", "tiles, compress, v-half"],
+    )  # fmt: skip
+    def test_goes_together(self, small: list[object], flags: tuple[object, ...], words: tuple[str, ...]) -> None:
+        output = run(2, *small, *LLAMA, "--num-layers", 4, "--pipeline-model-parallel-size", 2, "--train-iters", 2,
+                     *flags)  # fmt: skip
+        assert "megamem 2/" in output
+        for word in words:
+            assert word in output, output[-3000:]
+
+    def test_two_bits_of_gelu(self, small: list[object]) -> None:
+        stages = ["--num-layers", 4, "--pipeline-model-parallel-size", 2, "--train-iters", 2]
+        output = run(2, *small, *stages, CODED, "regelu2", *MEMO, "--megamem-schedule-name", "zb-h1")
+        assert "megamem 2/2" in output and "regelu2" in output and "swapped to host memory" in output
+
+
 def validations(log: Path) -> list[float]:
     """The validation losses of a JSON log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]

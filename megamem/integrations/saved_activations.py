@@ -50,7 +50,7 @@ from megamem.kernels import activation as activation_kernels
 from megamem.kernels import norm as norm_kernels
 from megamem.kernels.activation import activate
 from megamem.kernels.block_codec import BlockFormat
-from megamem.kernels.regelu2 import regelu2, saved_nbytes
+from megamem.kernels.regelu2 import Approximation, regelu2, saved_nbytes
 from megamem.patches import GROUPS
 from megamem.patches.registry import Patch
 from megamem.runtime.activations.layer import Args, Kwargs, first_tensor, watching
@@ -237,7 +237,7 @@ class SavedActivations(Capability, AbstractActivations):
         return output
 
     def _run_regelu2(self, call: ActivationCall) -> Tensor:
-        approximate = "tanh" if call.activation.function == "gelu_tanh" else "none"
+        approximate: Approximation = "tanh" if call.activation.function == "gelu_tanh" else "none"
         output = regelu2(call.input, bias=call.bias, approximate=approximate)
         self._count(output, call.input, saved_nbytes(call.input.shape))
         return output
