@@ -23,6 +23,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     stop_server()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`gpus(n)` implies `gpu`, before `-m` chooses: a test of many GPUs is never taken for one that needs none."""
+    for item in items:
+        if item.get_closest_marker("gpus"):
+            item.add_marker("gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, with the reason."""
     if item.get_closest_marker("megatron") and not HAS_MEGATRON:
@@ -35,6 +43,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device (ci/gpu.sh runs these)")
+        for marker in item.iter_markers("gpus"):
+            (needed,) = marker.args
+            if torch.cuda.device_count() < needed:
+                pytest.skip(f"needs {needed} CUDA devices, this machine has {torch.cuda.device_count()}")
 
 
 @pytest.fixture(scope="session")
