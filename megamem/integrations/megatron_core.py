@@ -33,6 +33,7 @@ from megamem.errors import ConfigError, MissingPackage, UnsupportedError
 from megamem.flags import origins_in
 from megamem.host import resolve_host_memory
 from megamem.integrations import compat, transformer_engine
+from megamem.integrations.against_plan import AgainstPlan
 from megamem.integrations.allocator import PlannedMemory
 from megamem.integrations.capability import Capability, CapabilityReport, agree, refuse_together, require_live
 from megamem.integrations.layer_check import check_layer
@@ -159,6 +160,15 @@ def _vocabulary(config: Config) -> Capability:
     return VocabularyParallel(options) if _shares_vocabulary(config, parallel_state) else FusedLoss(options)
 
 
+def _against_plan(config: Config) -> AgainstPlan | None:
+    """What compares steps with their plan, where there is one that is about these settings."""
+    from megatron.core import parallel_state
+
+    if config.plan is None or not config.plan.predicts(config.settings()):
+        return None
+    return AgainstPlan(config.plan, parallel_state.get_pipeline_model_parallel_rank())
+
+
 def _agreed_host_memory(config: Config, parallel_state: Any) -> int:
     """Bytes of host memory for this rank; the least of its tensor-parallel group, whose ranks must store alike."""
     wanted = resolve_host_memory(config.activations.host_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -195,6 +205,7 @@ class Session(AbstractSession, AbstractBuilder):
         self._has_begun = self._has_trained = False
         self._planned = planned
         self.meter: MeterSession | None = None
+        self.against_plan = _against_plan(config)
         self.undo: list[Callable[[], None]] = []
 
     def table(self, origins: Mapping[str, str]) -> str:
@@ -281,6 +292,8 @@ class Session(AbstractSession, AbstractBuilder):
         if not self._has_begun:
             self._has_begun = True
             self._begin(arguments["model"])
+        if trains and self.against_plan is not None:
+            self.against_plan.begin_step()
         try:
             for capability in self.capabilities:
                 capability.begin_step(arguments, trains=trains)
@@ -441,6 +454,9 @@ class Handle:
             parts["schedule"] = ScheduleReport.of(self.schedule)
         for capability in () if self._session is None else self._session.capabilities:
             parts[capability.SECTION] = capability.report()
+        if self._session is not None and self._session.against_plan is not None:
+            held = None if self.engine is None else self.engine.peak_bytes
+            parts["plan"] = self._session.against_plan.report(held)
         return Report(**parts)
 
     def __enter__(self) -> Handle:

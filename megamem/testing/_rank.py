@@ -157,11 +157,25 @@ def reset_megatron() -> None:
     # gloo's communicators end with their last reference, and each of their threads wakes a hundred times a second: some
     # hundred of them, kept by cycles of modules and process groups, take the processor from the cases that follow.
     gc.collect()
+    _let_go_of_models()
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
     torch.set_grad_enabled(True)
     torch.manual_seed(0)
     random.seed(0)
+
+
+def _let_go_of_models() -> None:
+    """Models under Megatron's DDP: it keeps autograd nodes whose hooks refer to it, a cycle that Python cannot see."""
+    wrapper = sys.modules.get("megatron.core.distributed.distributed_data_parallel")
+    if wrapper is None:
+        return
+    left = [found for found in gc.get_objects() if type(found) is wrapper.DistributedDataParallel]
+    for found in left:
+        found.grad_accs = []
+    if left:
+        del found, left
+        gc.collect()
 
 
 def _reset_megatron_globals() -> None:

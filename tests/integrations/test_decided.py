@@ -33,7 +33,8 @@ def trained(config: dict[str, Any], flags: str | None) -> tuple[str, str, str, l
     try:
         with contextlib.redirect_stdout(printed), megamem.enable(config, job=flags) as handle:
             losses, _ = train_steps(build_gpt(case), case, num_microbatches=1, steps=2)
-            return handle.config.activations.policy, printed.getvalue(), "", losses
+            report = f"{handle.report()}"
+            return handle.config.activations.policy, printed.getvalue() + report, "", losses
     except MegamemError as fault:
         return "", printed.getvalue(), str(fault), []
 
@@ -52,6 +53,7 @@ def test_the_planner_decides_before_the_model_is_built(dist: Dist) -> None:
     tight = run(trained, auto("2100452KiB"), FLAGS)  # 2 GiB of them are the context's
     assert tight[0][0] == tight[1][0] != "off", tight
     assert "left alone they need" in tight[0][1] and "The plan predicts" in tight[0][1]
+    assert "planned for h100, ran on a CPU" in tight[0][1]
     assert stock[0][3] == roomy[0][3] == tight[0][3]
 
 

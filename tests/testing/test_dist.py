@@ -53,14 +53,20 @@ def _rank_one_waits_for_nobody() -> None:
 
 
 def _keep_groups() -> None:
-    """As models do: what refers to a process group is part of a cycle, or in a method's lru_cache."""
+    """As models do: what refers to a process group is part of a cycle, in a method's lru_cache, or held by a hook."""
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megamem.testing.models import GptCase, build_gpt, init_parallel, train_steps
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     keeper: list[Any] = [parallel_state.get_tensor_model_parallel_group()]
     keeper.append(keeper)
     RotaryEmbedding(kv_channels=8, rotary_percent=1.0, use_cpu_initialization=True)(4)
+    parallel_state.destroy_model_parallel()
+    case = GptCase(tp=2)
+    init_parallel(case)
+    train_steps(build_gpt(case), case, num_microbatches=1)
 
 
 def _count_communicators() -> int:

@@ -197,11 +197,11 @@ def _policy(model: Model, best: Settled) -> Decision:
     untouched = max(rank.peak - rank.limit for rank in model.price(best.frame.setup(None)).memory)
     time, seconds = best.priced.time, best.priced.step_seconds
     lost = (time.get("recompute", 0.0) + time.get("exposed_copies", 0.0)) / seconds
+    why = f"left alone they need {untouched / 2**30:.1f} GiB more than there is" if untouched > 0 else "as asked"
     return Decision(
         subject="activations.policy",
         fate=best.activations.policy,
-        reason=f"left alone they need {max(0, untouched) / 2**30:.1f} GiB more than there is; this costs {lost:.1%} of "
-        "the step in recomputation and waits",
+        reason=f"{why}; this costs {lost:.1%} of the step in recomputation and waits",
     )
 
 
