@@ -71,21 +71,24 @@ def test_what_is_predicted_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(one["reason"] for one in predicted["decisions"])
 
 
-def test_nothing_that_fits_is_faster_and_the_front_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    predicted = plan(capsys, *LLAMA)["predicted"]
+PIPELINE = (
+    *("plan", "--model", "llama3-70b", "--gpus", "64", "--seq-length", "32k", "--global-batch-size", "16"),
+    *("--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "8", "--context-parallel-size", "1"),
+    *("--expert-model-parallel-size", "1", "--micro-batch-size", "1"),
+)
+
+
+@pytest.mark.parametrize("flags", [LLAMA, PIPELINE], ids=["no pipeline", "pipeline"])
+def test_nothing_that_fits_is_faster_and_the_front_is_one(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    predicted = plan(capsys, *flags)["predicted"]
     fitting = [one["step_seconds"] for one in predicted["alternatives"] if one["fits"]]
     assert min(fitting) >= predicted["step_seconds"] * (1 - 5e-4)
     names = {one["name"] for one in predicted["alternatives"]}
     assert {"activations untouched", "full recomputation (Megatron's)", "recompute"} <= names
     front = [(one["peak_memory"], one["step_seconds"]) for one in predicted["front"]]
     assert front == sorted(front) and [seconds for _, seconds in front] == sorted((s for _, s in front), reverse=True)
-
-
-PIPELINE = (
-    *("plan", "--model", "llama3-70b", "--gpus", "64", "--seq-length", "32k", "--global-batch-size", "16"),
-    *("--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "8", "--context-parallel-size", "1"),
-    *("--expert-model-parallel-size", "1", "--micro-batch-size", "1"),
-)
 
 
 def test_a_given_layout_is_kept_and_its_pipeline_drawn(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,16 +29,11 @@ from megamem.planner.fractions.table import text_of
 from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, in_full
 from megamem.planner.joint.search import Found
 from megamem.planner.joint.settle import Frame, Settled, settle
-from megamem.planner.joint.simple import with_fraction
+from megamem.planner.joint.simple import ONE_FRACTION, with_fraction
 from megamem.planner.memory.activations import ActivationMemory
-from megamem.sections import Activations, Allocator, Scheduling, Vocabulary
+from megamem.sections import Allocator, Scheduling, Vocabulary
 
 _MOST_ACTIONS = 6000  # of a plan's picture of the pipeline
-_ONE_FRACTION = {
-    "recompute": Activations(policy="recompute"),
-    "memo": Activations(policy="memo", swap_fraction="auto"),
-    "ordered": Activations(policy="ordered", swap_fraction="auto"),
-}
 _FRONT = (0.6, 0.8)  # shares of the memory limit at which the front is looked at, besides all of it
 _NOTES = (
     "No number of this plan was measured on a GPU by megamem; activation bytes are checked against real Megatron-Core "
@@ -328,11 +323,11 @@ def _policies(model: Model, best: Settled) -> Iterable[Alternative]:
         "full recomputation (Megatron's)", full_recomputation(model, frame), frame.host, fastest,
         {"--recompute-granularity": "full"},
     )  # fmt: skip
-    for policy in _ONE_FRACTION:
+    for policy in ONE_FRACTION:
         if policy == best.activations.policy and not best.fates:
             continue  # the plan itself
         try:
-            options = with_fraction(model, frame, _ONE_FRACTION[policy])
+            options = with_fraction(model, frame, ONE_FRACTION[policy])
         except InfeasibleError:
             continue
         priced = model.price(frame.setup(plan_activations(options, layers)))

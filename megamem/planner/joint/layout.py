@@ -19,7 +19,7 @@ from megamem.planner.costs.work import layer_work, output_flops
 from megamem.planner.evaluation import Model, Priced
 from megamem.planner.hardware import Hardware
 from megamem.planner.joint.settle import Frame, Settled, estimate, job_text, settle
-from megamem.planner.joint.simple import with_fraction
+from megamem.planner.joint.simple import ONE_FRACTION, with_fraction
 from megamem.planner.memory.device import output_bytes
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Request
@@ -36,6 +36,7 @@ _TO_SETTLE = 2
 _LARGE_LOGITS = 0.03  # of device memory: below, the fused loss is not weighed
 _MOST_PASSES = 4000  # microbatches x stages of a step that are priced one by one
 _LARGE_OUTPUT = 0.03  # of a rank's time: below, vocabulary parallelism is not weighed
+_AS_FAST = 5e-4  # of the step: no difference, and the tables by tensor and layer stay
 _WORTH_STATIC = 0.005  # of the step, in recomputation and waits
 
 
@@ -155,7 +156,7 @@ def _settle(one: Estimated, hardware: Hardware, wishes: Wishes) -> Settled:
 
 def _with_wishes(model: Model, frame: Frame, wishes: Wishes) -> Settled:
     if wishes.activations == "auto":
-        return settle(model, frame)
+        return _or_simpler(model, wishes, settle(model, frame))
     given = wishes.activations if isinstance(wishes.activations, Activations) else Activations()
     if given.swap_fraction == "auto":
         given = with_fraction(model, frame, given)
@@ -170,6 +171,20 @@ def _with_wishes(model: Model, frame: Frame, wishes: Wishes) -> Settled:
             f"{fullest.limit / 2**30:.1f}{host}"
         )
     return Settled(frame=frame, activations=given, priced=priced)
+
+
+def _or_simpler(model: Model, wishes: Wishes, found: Settled) -> Settled:
+    """A policy of one fraction instead, where it is faster when all is priced: the optimum knows averages of a step."""
+    if not found.activations.is_on:
+        return found
+    for options in ONE_FRACTION.values():
+        try:
+            simple = _with_wishes(model, found.frame, replace(wishes, activations=options))
+        except InfeasibleError:
+            continue
+        if simple.priced.step_seconds < found.priced.step_seconds * (1 - _AS_FAST):
+            found = simple
+    return found
 
 
 def _lost(priced: Priced) -> float:

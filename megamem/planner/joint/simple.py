@@ -13,6 +13,13 @@ from megamem.planner.fractions.rank import groups_of, moments_of
 from megamem.planner.joint.settle import Frame
 from megamem.sections import Activations
 
+ONE_FRACTION = {
+    "recompute": Activations(policy="recompute"),
+    "memo": Activations(policy="memo", swap_fraction="auto"),
+    "ordered": Activations(policy="ordered", swap_fraction="auto"),
+}
+"""What each of them is before its fraction is known."""
+
 
 def with_fraction(model: Model, frame: Frame, options: Activations) -> Activations:
     """`options` with the fraction that the rule gives the fullest rank; `recompute` has none.
