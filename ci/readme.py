@@ -3,6 +3,7 @@
     python ci/readme.py            rewrite README.md and the pages beside it
     python ci/readme.py --check    exit 1 if one of them is stale
 
+plan      from `megamem plan`
 options   from the declarations in megamem/config.py
 schedules and their picture, from the simulator
 all others   from the benchmarks' files in ci/bench/results, by ci/figures.py
@@ -11,6 +12,8 @@ all others   from the benchmarks' files in ci/bench/results, by ci/figures.py
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import figures
 
+from megamem.cli import main as main_of_megamem
 from megamem.config import SCHEDULES, options_table
 from megamem.ir.workload import Uniform
 from megamem.planner.schedules.families import FAMILIES, build_schedule
@@ -26,6 +30,7 @@ from megamem.planner.schedules.simulator import simulate
 from megamem.report.schedule_svg import Picture, render_svg
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAN = ("--model", "llama3-8b", "--gpus", "8", "--gpu", "h100", "--seq-length", "256k")
 PICTURE = ROOT / "examples" / "schedules" / "gis-h.svg"
 
 
@@ -55,6 +60,18 @@ def filled(name: str, parts: Mapping[str, Callable[[], str]]) -> str:
         if count != 1:
             raise SystemExit(f"{name}: {count} places for {part}, instead of one")
     return text
+
+
+def plan() -> str:
+    """What `megamem plan` prints for the README's example: the first lines, and what lost."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main_of_megamem(["plan", *PLAN])
+    if status:
+        raise SystemExit("megamem plan has failed")
+    head, *tables = printed.getvalue().rstrip().split("\n\n")
+    shown = [head, *(table for table in tables if table.startswith("what else"))]
+    return "```text\n" + "\n\n".join(shown) + "\n```\n"
 
 
 def schedules() -> str:
@@ -104,6 +121,7 @@ def picture() -> str:
 
 PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {
+        "plan": plan,
         "quickstart": figures.quickstart,
         "vocabulary": figures.vocabulary,
         "allocator": figures.allocator,
