@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     ".ci/run",
     *sorted(path.relative_to(ROOT).as_posix() for room in ("ci", "examples") for path in (ROOT / room).glob("*.sh")),
+    "examples/slurm/ci.sbatch",
+    "examples/slurm/train.sbatch",
 ]
 SOURCED = {"ci/environment.sh"}
 RUN = [name for name in SCRIPTS if name not in SOURCED]
@@ -64,6 +66,35 @@ def test_an_option_without_its_value_is_refused(name: str) -> None:
     done = subprocess.run([ROOT / name, "--only"], capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
+
+
+def test_every_node_of_a_slurm_job_starts_one_torchrun_that_meets_at_the_first(tmp_path: Path) -> None:
+    """Slurm's two commands are replaced: one lists three nodes, the other prints what it would start."""
+    for name, body in (("scontrol", "printf 'n7\\nn8\\nn9\\n'"), ("srun", 'printf "%s\\n" "$PWD" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "20041", "SLURM_JOB_NODELIST": "n[7-9]", "SLURM_JOB_NUM_NODES": "3"}
+    place = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": "4", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        [ROOT / "examples" / "slurm" / "train.sbatch", "train.py", "--note", "two words"],
+        env=job | place, capture_output=True, text=True, check=True, timeout=20,
+    )  # fmt: skip
+    folder, *command = done.stdout.splitlines()
+    assert folder == str(tmp_path)
+    assert command[command.index("python3") :] == [
+        *("python3", "-m", "torch.distributed.run", "--nnodes", "3", "--nproc-per-node", "4", "--rdzv-id", "20041"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "n7:10041"),
+        *("-m", "megamem", "run", "train.py", "--note", "two words"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["ci", "train"])
+def test_outside_slurm_a_job_script_says_how_to_submit_it(name: str) -> None:
+    script = ROOT / "examples" / "slurm" / f"{name}.sbatch"
+    done = subprocess.run(
+        [script, "x"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert (done.returncode, done.stderr) == (2, f"{name}.sbatch: not in a Slurm job; submit it with sbatch\n")
 
 
 def test_no_file_names_a_package_registry_or_a_folder_of_the_machine_it_was_written_on() -> None:
