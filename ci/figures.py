@@ -362,6 +362,40 @@ def _parity(data: dict[str, Any]) -> list[str]:
     return [*lines, "", *_verdicts(data)]
 
 
+def light() -> str:
+    """The options that leave layers less to hold, from the benchmarks that measured each of them."""
+    saved, swap, tiled = (_read(f"{name}.cpu.json") for name in ("saved_activations", "compressed_swap", "tiled_mlp"))
+    lines = [
+        "A Llama layer: bytes that it holds between the passes, or that cross the link, over those of stock or of "
+        "plain swap; error of the parameters' gradients, relative, and of the worst parameter; a step's time over "
+        "stock's on a CPU, where codes are made by PyTorch's operations one after the other: no measure for a GPU.",
+        "",
+        "| option | bytes | error | worst | time, CPU | measured by `ci/bench/` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("rebuild", "mlp", "all"):
+        one = saved["results"]["layers"]["contenders"][name]
+        error, time = one["error"], one["time_ratio"]
+        lines.append(
+            f"| `fp8.saved_activations: {name}` | {one['of_stock']:.3f} held | {error['parameters']:.2%} "
+            f"| {error['worst']:.2%} | {time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f}) "
+            "| `saved_activations.py` |"
+        )
+    one = swap["results"]["shapes"]["llama"]["contenders"]["compress: fp8"]
+    lines.append(
+        f"| `activations.compress: fp8` | {one['bytes_ratio']:.3f} moved | | {one['error']['worst_parameter']:.2%} "
+        "| not measured | `compressed_swap.py` |"
+    )
+    tiles = tiled["results"]["shapes"]["llama"]["off"]
+    held, flops = tiles["16 tiles"]["held_bytes"] / tiles["stock"]["held_bytes"], tiles["16 tiles"]["flops_ratio"]
+    lines.append(
+        f"| `mlp.tiles: 16` | {held:.3f} held | rounding of sums | | not measured; {flops:.2f} of the matrix products' "
+        "FLOPs | `tiled_mlp.py` |"
+    )
+    lines.append("| `fp8.saved_activations: regelu2` | not measured | | | not measured | |")
+    return "\n".join(lines) + "\n"
+
+
 def _verdicts(data: dict[str, Any]) -> list[str]:
     lines = []
     for one in data["results"]["targets"]:

@@ -123,6 +123,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {
         "plan": plan,
         "quickstart": figures.quickstart,
+        "light": figures.light,
         "vocabulary": figures.vocabulary,
         "allocator": figures.allocator,
     },
