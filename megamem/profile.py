@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,19 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     allocations.add_argument("--snapshot-device", type=int, default=0, metavar="N", help="default: 0")
     allocations.add_argument("--num-microbatches", type=int, default=1, help="of the iteration; default: 1")
     allocations.add_argument("--recompute-granularity", choices=("full",), help="default: no recomputation")
+    allocations.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="default: 1")
+    allocations.add_argument("--pipeline-rank", type=int, default=0, help="whose requests are traced; default: 0")
+    allocations.add_argument("--num-experts", type=int, help="in every layer; for --allocations-from step")
+    allocations.add_argument("--moe-router-topk", type=int, default=2, help="default: 2")
+    allocations.add_argument(
+        "--trace-layers",
+        type=int,
+        metavar="N",
+        help="trace N layers of each model chunk, at least 6, and replicate one of them; default: all",
+    )
+    allocations.add_argument(
+        "--megamem", type=Path, metavar="FILE.yaml", help="what is on in the step: schedule, activations, vocabulary"
+    )
     parser.set_defaults(run=run_profile)
 
 
@@ -161,12 +175,25 @@ def _rates_table(content: dict[str, Any]) -> str:
 
 
 def _trace_allocations(arguments: argparse.Namespace) -> int:
-    from megamem.integrations.allocation_run import allocation_groups, trace_here
+    from megamem.config import Config, load_config
+    from megamem.integrations.allocation_run import ITERATIONS, groups_of, job_of, trace_gpt
     from megamem.testing.cpu import cpu_rig
 
-    source = arguments.allocations_from
-    with allocation_groups(arguments.tensor_model_parallel_size, source), cpu_rig():
-        trace = trace_here(arguments)
+    job = job_of(arguments, load_config(arguments.megamem) if arguments.megamem else Config())
+    is_terminal, shown = sys.stderr.isatty(), 0.0
+
+    def progress(iteration: int, phase: str) -> None:
+        nonlocal shown
+        if is_terminal and phase and (now := time.monotonic()) - shown > 0.2:
+            shown = now
+            print(f"\r\x1b[Kiteration {iteration + 1} of {ITERATIONS[job.source]}: {phase}", end="", file=sys.stderr)
+
+    try:
+        with groups_of(job), cpu_rig():
+            trace = trace_gpt(job, progress)
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     return _written(arguments.allocations, trace)
 
 
@@ -183,7 +210,10 @@ def _written(path: Path, trace: AllocationTrace) -> int:
     from megamem.ir.allocation_trace import write_trace
 
     write_trace(path, trace)
-    print(f"{len(trace)} requests, at most {trace.peak_live() / 2**20:.1f} MiB live beside the persistent tensors")
+    persistent = (
+        f"{trace.persistent / 2**20:.1f} MiB of persistent tensors" if trace.persistent else "what is persistent"
+    )
+    print(f"{len(trace)} requests, at most {trace.peak_live() / 2**20:.1f} MiB live beside {persistent}")
     return 0
 
 
@@ -194,7 +224,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(missing)
     heads, tp = arguments.num_attention_heads, arguments.tensor_model_parallel_size
     names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "vocab_size")
-    positive = (*names, "tensor_model_parallel_size", "repetitions", "num_microbatches")
+    counts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_microbatches", "moe_router_topk")
+    positive = (*names, *counts, "repetitions")
     problems = [f"--{name.replace('_', '-')} must be at least 1" for name in positive if getattr(arguments, name) < 1]
     if not problems:
         if arguments.hidden_size % heads:

@@ -3,8 +3,10 @@
 1. `published`: MiniMalloc's challenging instances at their capacity, `megamem solve` against `minimalloc` (--minimalloc
    names the binary; without it megamem runs alone). Both are whole processes, reading the file included, in turns;
    wall and processor time.
-2. `traces`: one iteration of Megatron models: gap to the most bytes live at once, for the first greedy order alone, the
-   whole portfolio, MEMO's two levels before and after they are refined, and `auto` within --time-limit.
+2. `traces`: one iteration of Megatron models, those of --data and those that `megamem profile --allocations` makes here
+   (MODELS): gap to the most bytes live at once, for the first greedy order alone, the whole portfolio, MEMO's two
+   levels before and after they are refined, and `auto` within --time-limit; beside what PyTorch's caching allocator
+   would reserve (simulated, two iterations, native and with expandable segments).
 3. `scale`: iterations of the largest trace one after the other, 10^5 requests and more, by the first greedy order and
    by `auto` within 10 s.
 
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from megamem.native import load
 from megamem.planner.allocation import greedy
 from megamem.planner.allocation.bilevel import BilevelSolver, decompose
 from megamem.planner.allocation.budget import Budget
+from megamem.planner.allocation.caching_allocator import simulate
 from megamem.planner.allocation.greedy import GreedySolver
 from megamem.planner.allocation.solver import Outcome, Task
 from megamem.planner.allocation.solvers import make_solver
@@ -39,6 +43,28 @@ from megamem.planner.allocation.sweep import Sweep
 from megamem.planner.allocation.validator import check
 
 CAPACITY = 1 << 20
+_LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --bf16 --micro-batch-size 1 --vocab-size 32000"
+_7B = f"{_LLAMA} --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11008 --seq-length 4096"
+_70B = (
+    f"{_LLAMA} --num-layers 80 --hidden-size 8192 --num-attention-heads 64 --num-query-groups 8 --seq-length 8192 "
+    "--ffn-hidden-size 28672 --tensor-model-parallel-size 8 --sequence-parallel"
+)
+_PIPELINE = f"{_7B} --num-query-groups 8 --pipeline-model-parallel-size 4 --num-microbatches 4"
+_EXPERTS = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --num-layers 8 --hidden-size 256 --num-attention-heads 4 "
+    "--seq-length 512 --micro-batch-size 1 --vocab-size 8192 --num-experts 8 --num-microbatches 4"
+)
+_ENGINE = "activations: {policy: memo, swap_fraction: 0.5, host_memory: 500GiB}"
+# Name: flags of `megamem profile`, and what is on of megamem, whose engine keeps layers that do not stand for others.
+MODELS = {
+    "7B, 1 microbatch": (f"{_7B} --trace-layers 6", ""),
+    "7B, 8 layers, engine": (f"{_7B} --num-layers 8", _ENGINE),
+    "70B GQA, TP 8, 2 microbatches": (f"{_70B} --trace-layers 6 --num-microbatches 2", ""),
+    "experts, a real step": (f"{_EXPERTS} --allocations-from step", ""),
+    "7B GQA, 1F1B, rank 0 of 4": (f"{_PIPELINE} --trace-layers 6", ""),
+    "7B GQA, GIS, rank 0 of 4": (_PIPELINE, "schedule: {name: gis}"),
+    "7B GQA, GIS, engine, rank 0 of 4": (_PIPELINE, f"schedule: {{name: gis}}\n  {_ENGINE}"),
+}
 DATA = common.ROOT.parent / "shared" / "data"
 
 
@@ -98,16 +124,42 @@ def _timed(command: list[str]) -> common.Json:
     return {"wall": wall, "cpu": cpu, "stdout": run.stdout}
 
 
-def measure_traces(args: argparse.Namespace) -> common.Json:
+def measure_traces(made: dict[str, Problem], args: argparse.Namespace) -> common.Json:
     """Gaps and seconds by trace and solver."""
     files = sorted((args.data / "traces").glob("*.csv.gz"))[: 1 if args.quick else None]
-    return {file.name.removesuffix(".csv.gz"): _measure_trace(read_problem(file), args) for file in files}
+    problems = {file.name.removesuffix(".csv.gz"): read_problem(file) for file in files} | made
+    return {name: _measure_trace(problem, args) for name, problem in problems.items()}
+
+
+def _traced(name: str) -> Problem:
+    """By the command, in a process of its own."""
+    flags, sections = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        config, output = Path(folder) / "megamem.yaml", Path(folder) / "trace.csv"
+        command = [sys.executable, "-m", "megamem", "profile", *flags.split(), "--allocations", str(output)]
+        if sections:
+            config.write_text(f"megamem:\n  {sections}\n", encoding="utf-8")
+            command += ["--megamem", str(config)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+        if run.returncode:
+            raise SystemExit(f"{name}: {run.stderr[-2000:]}")
+        print(f"{name}: {run.stdout.splitlines()[-1]}", file=sys.stderr, flush=True)
+        return read_problem(output)
+
+
+def _reserved(problem: Problem) -> common.Json:
+    """What PyTorch's caching allocator reserves at most, over the most bytes live."""
+    live = Task(problem).bound.nbytes
+    return {
+        name: simulate(problem, expandable_segments=is_expandable).reserved / live
+        for name, is_expandable in (("native", False), ("expandable segments", True))
+    }
 
 
 def _measure_trace(problem: Problem, args: argparse.Namespace) -> common.Json:
     limit = 2.0 if args.quick else args.time_limit
     found = {"first order": _first_order(problem)}
-    task = Task(problem)
+    task = Task(problem, budget=Budget(limit))
     greedy.try_portfolio(task)
     found["portfolio"] = _gap(task.outcome())
     found["auto"] = _gap(make_solver("auto").solve(problem, budget=Budget(limit)))
@@ -119,6 +171,7 @@ def _measure_trace(problem: Problem, args: argparse.Namespace) -> common.Json:
         "requests": len(problem),
         "lower_bound": task.bound.nbytes,
         "solvers": found,
+        "caching_allocator": _reserved(problem),
         "levels": {
             "passes": len(parts.passes),
             "distinct": parts.num_programs,
@@ -202,6 +255,12 @@ def _print(results: common.Json) -> None:
         for solver, found in trace["solvers"].items()
     ]
     common.print_table("traces", ("", "gap", "proven", "seconds"), rows)
+    rows = [
+        (name, str(trace["requests"]), *(f"{ratio:.3f}" for ratio in trace["caching_allocator"].values()))
+        for name, trace in results["traces"].items()
+    ]
+    header = ("", "requests", "native", "expandable segments")
+    common.print_table("PyTorch's caching allocator, simulated: reserved / peak live", header, rows)
     for target in results["targets"]:
         print(("  met      " if target["met"] else "  NOT MET  ") + target["what"])
 
@@ -216,8 +275,11 @@ def main() -> None:
     args = parser.parse_args()
     args.minimalloc = args.minimalloc or shutil.which("minimalloc")
     load()  # building the core is no part of solving
+    names = list(MODELS)[: 1 if args.quick else None]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(names, pool.map(_traced, names), strict=True))
     results: common.Json = {
-        "published": measure_published(args), "traces": measure_traces(args), "scale": measure_scale(args),
+        "published": measure_published(args), "traces": measure_traces(made, args), "scale": measure_scale(args),
     }  # fmt: skip
     results["targets"] = _targets(results)
     _print(results)

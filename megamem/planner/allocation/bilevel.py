@@ -60,6 +60,7 @@ class BilevelSolver(Solver):
         parts = decompose(task, self.level_one)
         task.doing = f"level 2, {len(parts.blocks)} blocks"
         upper = Task(parts.blocks, budget=task.budget, core=task.core)
+        greedy.place_first(upper)
         greedy.try_portfolio(upper)
         unit = task.sweep.unit
         bases = [offset * upper.sweep.unit for offset in upper.offsets]

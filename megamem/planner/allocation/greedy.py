@@ -87,6 +87,16 @@ class GreedySolver(Solver):
             turn_wheel(task, best)
 
 
+def place_first(task: Task) -> None:
+    """Offer the placement of the order that is best in general, unless the task is stopped meanwhile."""
+    name, order = next(orders(task.sweep))
+    task.doing = f"first fit by {name}"
+    offsets = task.core.first_fit(task.sweep, order, watch=lambda: task.watch() and task.budget.is_stopped)
+    if offsets is not None:
+        task.offer(offsets, f"greedy ({task.doing})")
+        task.first_peak = task.sweep.peak(offsets)
+
+
 def try_portfolio(task: Task) -> list[int]:
     """Offer every order's placement until the task is done. Returns the order that was best."""
     lowest, best = None, list(range(len(task.sweep)))
@@ -94,6 +104,9 @@ def try_portfolio(task: Task) -> list[int]:
         for name, order in orders(task.sweep):
             if task.is_done:
                 return best
+            if lowest is None and task.first_peak is not None:
+                lowest, best = task.first_peak, order  # it was placed already
+                continue
             task.doing = f"{'best' if best_fit else 'first'} fit by {name}"
             offsets = task.core.first_fit(task.sweep, order, best_fit=best_fit, watch=task.watch)
             if offsets is None:

@@ -4,8 +4,9 @@
     Task               a problem with the best solution and the best lower bound so far
     Outcome            the validated end of it: solution, peak, lower bound, gap, certificate
 
-Any time: a task has a solution from its first moment on (one buffer above the other), every improvement replaces it,
-and when the budget is over, or is stopped, the best so far is the outcome.
+Any time: a task has a solution from its first moment on (one buffer above the other). Every solver begins with first
+fit in one order, for which it has the time whatever the limit (a second for 40,000 requests). Every improvement
+replaces the solution, and when the budget is over, or is stopped, the best so far is the outcome.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Task:
         self.sweep = Sweep.of(problem)
         self._on_progress, self.doing = on_progress, "looking at the problem"
         self.offsets, self.found_by = _stacked(self.sweep), STACKED
+        self.first_peak: int | None = None  # of the first greedy order, once it is placed
         self.peak = self.sweep.peak(self.offsets)
         self.bound = _live_bound(problem, self.sweep)
 
@@ -199,6 +201,8 @@ class Solver(ABC):
         task = Task(problem, capacity=capacity, budget=budget, core=core, on_progress=on_progress)
         try:
             task.check_capacity()
+            if task.peak > task.target:
+                _first_placement(task)
             if not task.is_done:
                 self.improve(task)
         except CapacityError as fault:
@@ -210,10 +214,18 @@ class Solver(ABC):
 
 
 def _first_improvement(task: Task) -> None:
-    """What solvers begin with, for a task that has nothing yet."""
+    """The portfolio, for a task that has nothing yet."""
     from megamem.planner.allocation.greedy import try_portfolio  # which is made of the classes above
 
+    _first_placement(task)
     try_portfolio(task)
+
+
+def _first_placement(task: Task) -> None:
+    """One greedy order; only a stop ends it, not the time."""
+    from megamem.planner.allocation.greedy import place_first
+
+    place_first(task)
 
 
 def _stacked(sweep: Sweep) -> list[int]:
