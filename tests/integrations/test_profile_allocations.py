@@ -62,7 +62,7 @@ def test_the_activation_engine_takes_fake_tensors_for_real_ones(tmp_path: Path) 
 def test_a_pipeline_rank_with_schedule_and_engine(tmp_path: Path, rank: int) -> None:
     both = "schedule: {name: gis}\n  activations: {policy: memo, swap_fraction: 0.5}"
     found = trace(
-        tmp_path / "trace.csv", "--num-layers", "8", "--num-microbatches", "4", "--pipeline-model-parallel-size", "2",
+        tmp_path / "trace", "--num-layers", "8", "--num-microbatches", "4", "--pipeline-model-parallel-size", "2",
         "--pipeline-rank", str(rank), "--megamem", configured(tmp_path, both),
     )  # fmt: skip
     labels = {phase.label for phase in found.phases}
@@ -71,8 +71,8 @@ def test_a_pipeline_rank_with_schedule_and_engine(tmp_path: Path, rank: int) -> 
     assert passes == {(layer, part, batch) for layer in mine for part in ("forward", "backward") for batch in range(4)}
     assert ("embedding forward, microbatch 3" in labels) == (rank == 0)
     assert ("output layer backward, microbatch 3" in labels) == (rank == 1)
-    outcome = make_solver("greedy").solve(read_problem(tmp_path / "trace.csv"))  # which validates it
-    assert found.peak_live() == outcome.lower_bound
+    outcome = make_solver("greedy").solve(found.problem())  # which validates it
+    assert found.peak_live() <= outcome.lower_bound < 1.005 * found.peak_live()  # sizes of a problem are rounded up
     assert outcome.gap < 0.02
 
 
