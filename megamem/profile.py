@@ -64,6 +64,11 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="store_true",
         help="measure this machine instead: products and attention at the shapes above, links, pinning, disk",
     )
+    _add_allocations(parser)
+    parser.set_defaults(run=run_profile)
+
+
+def _add_allocations(parser: argparse.ArgumentParser) -> None:
     allocations = parser.add_argument_group("allocations: trace malloc and free of one iteration, instead of times")
     allocations.add_argument(
         "--allocations",
@@ -102,7 +107,6 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     allocations.add_argument(
         "--megamem", type=Path, metavar="FILE.yaml", help="what is on in the step: schedule, activations, vocabulary"
     )
-    parser.set_defaults(run=run_profile)
 
 
 def run_profile(arguments: argparse.Namespace) -> int:
