@@ -1,7 +1,10 @@
 """Shell scripts and workflows: they parse, say what they are for, and hold nothing of the machine they come from."""
 
+import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +129,144 @@ def test_the_workflow_calls_scripts_that_exist(path: Path) -> None:
         assert script.is_file() and script.stat().st_mode & 0o111, command
 
 
-def test_the_gpu_machine_runs_nothing_that_nobody_asked_for() -> None:
-    """A fork's code never runs on a machine of our own; a branch of this repository does, once it has the label."""
-    job = workflow(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["gpu"]
-    assert job["runs-on"] == ["self-hosted", "gpu"]
-    asked = [" ".join(case.strip(" ()").split()) for case in job["if"].split("||")]
-    assert asked == [
-        "github.event_name == 'schedule'",
-        "github.event_name == 'workflow_dispatch'",
-        "github.event_name == 'pull_request' && github.event.action == 'labeled' && github.event.label.name == 'gpu'"
-        " && github.event.pull_request.head.repo.full_name == github.repository",
-    ]
+# Who may start a job on a machine of our own: the schedule, a maintainer by hand, and a maintainer's label on a pull
+# request from a branch of this repository.
+_ASKED = re.compile(
+    r"github\.event_name == '(schedule|workflow_dispatch)'"
+    r"|github\.event_name == 'pull_request' && github\.event\.action == 'labeled'"
+    r" && github\.event\.label\.name == '[\w-]+'"
+    r" && github\.event\.pull_request\.head\.repo\.full_name == github\.repository"
+)
+
+
+def open_doors(document: Any) -> list[str]:
+    """Through what a fork's code, or code that nobody asked for, could reach a machine of our own."""
+    found = []
+    for name, job in document["jobs"].items():
+        if job["runs-on"] == "ubuntu-latest":
+            continue
+        triggers = document[True]  # YAML reads the key `on` as a truth value
+        found += [f"{name}: {trigger}" for trigger in ("pull_request_target", "workflow_run") if trigger in triggers]
+        cases = [" ".join(case.strip(" ()").split()) for case in job.get("if", "always").split("||")]
+        found += [f"{name}: {case}" for case in cases if not _ASKED.fullmatch(case)]
+    return found
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_machine_of_our_own_runs_what_nobody_asked_for(path: Path) -> None:
+    assert open_doors(workflow(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("github.event_name == 'schedule' ||", "github.event_name == 'pull_request' ||"),
+        (" &&\n      github.event.pull_request.head.repo.full_name == github.repository", ""),
+        ("pull_request:", "pull_request_target:"),
+        ("github.event.action == 'labeled'", "true"),
+    ],
+)
+def test_an_open_door_is_noticed(before: str, after: str) -> None:
+    text = (ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8")
+    assert before in text
+    assert open_doors(yaml.safe_load(text.replace(before, after)))
+
+
+def test_gpu_jobs_wait_for_their_machines_and_are_not_cancelled() -> None:
+    document = workflow(ROOT / ".github" / "workflows" / "gpu.yml")
+    jobs = document["jobs"]
+    assert {name: job["runs-on"] for name, job in jobs.items()} == {
+        "one-gpu": ["self-hosted", "gpu"],
+        "eight-gpus": ["self-hosted", "gpu-8"],
+    }
+    assert "concurrency" not in document
+    groups = [job["concurrency"] for job in jobs.values()]
+    assert len({group["group"] for group in groups}) == 2
+    assert all(group["cancel-in-progress"] is False for group in groups)
+
+
+def gpu_script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """ci/gpu.sh, with nothing of the environment but what commands need."""
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
+    return subprocess.run(
+        [ROOT / "ci" / "gpu.sh", *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+class TestGpuScript:
+    @pytest.mark.parametrize(("number", "many"), [("1", False), ("2", True), ("8", True)])
+    def test_a_dry_run_prints_each_part_and_its_command(self, number: str, many: bool, tmp_path: Path) -> None:
+        done = gpu_script("--dry-run", "--gpus", number, "--quick", PY="no-python", OUT=str(tmp_path / "out"))
+        assert (done.returncode, done.stderr) == (0, "")
+        parts = {
+            name: shlex.split(command) for name, _, command in (x.partition(": ") for x in done.stdout.splitlines())
+        }
+        marks = {name: command[command.index("pytest") + 2] for name, command in parts.items() if "pytest" in command}
+        assert marks == {"tests": "gpu and not gpus"} | ({"tests-gpus": "gpus"} if many else {})
+        assert parts["arena"] == [
+            "no-python",
+            "ci/bench/arena.py",
+            "--out",
+            str(tmp_path / "out/arena.json"),
+            "--quick",
+        ]
+        for command in parts.values():
+            assert "pytest" in command or (ROOT / command[1]).is_file()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_only_chooses_a_part_and_refuses_one_that_is_not_there(self) -> None:
+        assert len(gpu_script("--dry-run", "--gpus", "1", "--only", "arena").stdout.splitlines()) == 1
+        done = gpu_script("--dry-run", "--gpus", "1", "--only", "tests-gpus")
+        assert done.returncode == 2 and "no such part with 1 GPU(s)" in done.stderr
+
+    @pytest.mark.parametrize("number", ["", "0", "two", "-1"])
+    def test_a_number_of_gpus_that_is_none_is_refused(self, number: str) -> None:
+        done = gpu_script("--gpus", number)
+        assert done.returncode == 2 and done.stderr.startswith("usage: ")
+
+    @pytest.fixture
+    def pretender(self, tmp_path: Path) -> dict[str, str]:
+        """A Python that says it sees two GPUs, and runs pytest really; where the results go."""
+        script = tmp_path / "python"
+        body = """#!/bin/sh
+case "$*" in
+    *device_count*) echo 2 ;;
+    *machine.json) echo "2 x pretended" ;;
+    -c* | "-P -c"*) ;;
+    *) exec "$REAL" "$@" ;;
+esac
+"""
+        script.write_text(body, encoding="utf-8")
+        script.chmod(0o755)
+        return {"PY": str(script), "REAL": sys.executable, "OUT": str(tmp_path / "out")}
+
+    @pytest.mark.parametrize(
+        ("body", "status", "words"),
+        [
+            ("def test_a(): pytest.skip('no')", 1, "all 1 tests were skipped: this run shows nothing"),
+            ("def test_a(): pytest.skip('no')\ndef test_b(): pass", 0, "1 of 2 tests passed"),
+            ("def test_a(): assert False\ndef test_b(): pass", 1, "FAILED: tests"),
+        ],
+        ids=["skipped", "passed", "failed"],
+    )
+    def test_skipped_tests_alone_are_a_failure(
+        self, body: str, status: int, words: str, tmp_path: Path, pretender: dict[str, str]
+    ) -> None:
+        """The tests are given by hand, away from the fixtures of this folder, which would skip all of them here."""
+        file = tmp_path / "test_few.py"
+        file.write_text(f"import pytest\n\npytestmark = pytest.mark.gpu\n{body}\n", encoding="utf-8")
+        options = f"{file} --rootdir={tmp_path} -c /dev/null"
+        alone = {"PYTEST_ADDOPTS": options, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        done = gpu_script("--only", "tests", **alone, **pretender)
+        assert (done.returncode, words in done.stdout) == (status, True), done.stdout + done.stderr
+
+    def test_more_gpus_than_there_are_is_refused(self, pretender: dict[str, str]) -> None:
+        done = gpu_script("--gpus", "3", **pretender)
+        assert done.returncode == 2 and "--gpus 3: torch of" in done.stderr and "sees 2" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [("main",), ("@main",), ("x@",), ("x@main", "--only", "0.19.2")])
+def test_sources_of_megatron_without_a_revision_or_with_a_release_are_refused(flags: tuple[str, ...]) -> None:
+    command = [str(ROOT / "ci" / "matrix.sh"), "--megatron-source", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 2 and done.stderr
