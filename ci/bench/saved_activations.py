@@ -1,25 +1,37 @@
-"""What each option of the section fp8 keeps, what it costs, and what it does to gradients. Runs on a CPU.
+"""What each memory-light option keeps of a layer, what it costs, and what it does to gradients. Runs on a CPU.
 
-`layers`: two layers of Llama 3 8B at their real size (h = 4096, 32 heads, 8 groups, SwiGLU of 14336) in bf16, with the
-same weights and input for every contender. Two rivals: stock Megatron with its fused activation functions, as training
-jobs run it, and with its own FP8 option (`activation_func_fp8_input_store`, a conversion without a scale).
+Contenders are whole configurations of megamem: the modes and formats of `fp8.saved_activations`, the MLP in 16 tiles,
+everything swapped as it is and with `compress: fp8`. Two rivals: stock Megatron with its fused activation functions, as
+training jobs run it, and with its own FP8 option (`activation_func_fp8_input_store`, a conversion without a scale).
+
+`shapes`: stacks of two layers in bf16, with the same weights and input for every contender:
+
+    llama-3-8b  a layer of Llama 3 8B at its real size (h = 4096, 32 heads, 8 groups, SwiGLU of 14336), few tokens
+    llama       the same kind at h = 1024 with enough tokens for tiles
+    gpt         LayerNorm, GELU of 4 h, biases, at h = 1024: the only one for which there is `regelu2`
 
     bytes       that one layer holds between its forward and its backward pass, in units of s b h elements: by the
-                engine's count (everything kept), and by storages really alive, which must agree
+                engine's count (everything kept), and by storages really alive, which must agree. Of swap, which holds
+                nothing once there are more than two layers (`retained_bytes.py`): `link_bytes` to host memory
     error       of a gradient: norm of the difference from stock over its norm; of all parameters together, of the
                 input, of the parameter where it is largest
-    time        of a forward and a backward pass over stock's, in turns. On a CPU, where codes are made by PyTorch's
-                operations, one after the other: says nothing of a GPU, where kernels do it in one pass
+    time        of a forward and a backward pass over stock's, in turns; of swap in FP8 over swap's (`time_over`), for
+                what the compression costs: on a CPU both make their copies themselves. Processor time, and codes are
+                made by PyTorch's operations, one after the other: says nothing of a GPU, where kernels do it in one
+                pass and copy engines copy
 
 `swiglu`: the gradient error of SwiGLU alone by the scale of its input, which is normally distributed.
 
-Targets: mlp and all hold at most half of stock's bytes. SwiGLU's error is below 3 % for scales from 1e-2 to 1e2.
+Targets: mlp and all hold at most half of the bytes of stock's Llama 3 8B. SwiGLU's error is below 3 % for scales from
+1e-2 to 1e2.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import common
@@ -30,39 +42,81 @@ from torch import Tensor
 import megamem
 from megamem.kernels.activation import Activation, activate
 from megamem.kernels.block_codec import BlockFormat
-from megamem.testing.cpu import CpuRig
 from megamem.testing.live import LiveStorages
 
 KEPT: dict[str, Any] = {
     "policy": "memo", "keep_last_layers": 0, "host_memory": 1 << 20,
     "table": [{"layers": "all", **dict.fromkeys(("layer_input", "attention_output", "saved"), "keep")}],
 }  # fmt: skip
-STOCK, RIVAL = "stock", "Megatron's FP8 option"
-CONTENDERS: dict[str, dict[str, Any] | None] = {
-    STOCK: None,
-    RIVAL: None,
-    "rebuild": {"saved_activations": "rebuild"},
-    "mlp": {"saved_activations": "mlp"},
-    "all": {"saved_activations": "all"},
-    "mlp, int8": {"saved_activations": "mlp", "format": "int8"},
-    "all, int8": {"saved_activations": "all", "format": "int8"},
-    "all, e5m2": {"saved_activations": "all", "format": "e5m2"},
-    "all, powers of two": {"saved_activations": "all", "power_of_two_scales": True},
-    "all, 32 a scale": {"saved_activations": "all", "group": 32},
+SWAPPED: dict[str, Any] = {"policy": "memo", "swap_fraction": 1.0, "keep_last_layers": 0, "host_memory": 1 << 28}
+STOCK, RIVAL, SWAP, TILES = "stock", "Megatron's FP8 option", "swap", 16
+
+
+def _saved(mode: str, **options: Any) -> dict[str, Any]:
+    return {"fp8": {"saved_activations": mode, **options}}
+
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    STOCK: {},
+    RIVAL: {},
+    "rebuild": _saved("rebuild"),
+    "mlp": _saved("mlp"),
+    "all": _saved("all"),
+    "mlp, int8": _saved("mlp", format="int8"),
+    "all, int8": _saved("all", format="int8"),
+    "all, e5m2": _saved("all", format="e5m2"),
+    "all, powers of two": _saved("all", power_of_two_scales=True),
+    "all, 32 a scale": _saved("all", group=32),
+    "regelu2": _saved("regelu2"),
+    f"{TILES} tiles": {"mlp": {"tiles": TILES}},
+    SWAP: {"activations": SWAPPED},
+    "swap in fp8": {"activations": {**SWAPPED, "compress": "fp8"}},
 }
+"""The sections that are switched on, by name; RIVAL is a flag of Megatron's."""
+OVER = {"swap in fp8": SWAP}  # whose time is compared with another's than stock's
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack of two layers, and who runs on it; `toy` in its place for --quick."""
+
+    shape: Shape
+    toy: Shape
+    tokens: int
+    contenders: tuple[str, ...]
+
+
+_TOY = Shape(kind="llama", hidden=256, heads=2, kv_groups=1, head_dim=128, ffn=896)
+_OPTIONS = ("rebuild", "mlp", "all", f"{TILES} tiles", *(SWAP, "swap in fp8"))
+CASES = {
+    "llama-3-8b": Case(
+        shape=Shape(kind="llama", hidden=4096, heads=32, kv_groups=8, head_dim=128, ffn=14336), toy=_TOY, tokens=64,
+        contenders=tuple(name for name in CONTENDERS if name not in ("regelu2", f"{TILES} tiles")),
+    ),
+    "llama": Case(
+        shape=Shape(kind="llama", hidden=1024, heads=8, kv_groups=2, head_dim=128, ffn=3584), toy=_TOY, tokens=2048,
+        contenders=(STOCK, *_OPTIONS),
+    ),
+    "gpt": Case(
+        shape=Shape(kind="memo", hidden=1024, heads=8, kv_groups=8, head_dim=128, ffn=4096),
+        toy=Shape(kind="memo", hidden=256, heads=2, kv_groups=2, head_dim=128, ffn=1024), tokens=2048,
+        contenders=(STOCK, *_OPTIONS, "regelu2"),
+    ),
+}  # fmt: skip
 SCALES = (1e-2, 0.03, 0.1, 0.3, 1.0, 1.5, 3.0, 10.0, 30.0, 1e2, 300.0, 1e3)
-LLAMA = Shape(kind="llama", hidden=4096, heads=32, kv_groups=8, head_dim=128, ffn=14336)
-TOY = Shape(kind="llama", hidden=256, heads=2, kv_groups=1, head_dim=128, ffn=896)
+
+
+def has_policy(name: str) -> bool:
+    """Whether the contender is one for the activation engine."""
+    return "activations" in CONTENDERS[name]
 
 
 @contextlib.contextmanager
-def switched_on(stack: LayerStack, name: str, *, counted: bool) -> Any:
-    """The stack as a contender runs it; `counted`: under the engine, which keeps everything and counts it."""
-    options = CONTENDERS[name]
+def switched_on(stack: LayerStack, name: str, *, counted: bool) -> Iterator[Any]:
+    """The stack as a contender runs it; `counted`: under the engine, which keeps everything unless it has a policy."""
     stack.config.activation_func_fp8_input_store = name == RIVAL
     try:
-        sections = {} if options is None else {"fp8": options}
-        with megamem.enable(sections | ({"activations": KEPT} if counted else {})) as handle:
+        with megamem.enable(({"activations": KEPT} if counted else {}) | CONTENDERS[name]) as handle:
             yield handle
     finally:
         stack.config.activation_func_fp8_input_store = False
@@ -79,11 +133,12 @@ def step(stack: LayerStack, tokens: int) -> Tensor:
     return leaf.grad
 
 
-def held_bytes(stack: LayerStack, tokens: int, name: str) -> common.Json:
-    """What one layer holds: the second layer's share, by the engine's count and by live storages."""
+def bytes_of_a_layer(stack: LayerStack, tokens: int, name: str) -> common.Json:
+    """What one layer sends to host memory; or holds: the second's share, by the engine's count and by live storages."""
     with switched_on(stack, name, counted=True) as handle:
-        step(stack, tokens)  # in which layers are learned
-        handle.engine.end_step()
+        step(stack, tokens)  # in which layers are learned; there is no engine before
+        engine = handle.engine
+        engine.end_step()
         stack.clear_gradients()
         leaf, live_bytes, counted = stack.leaf(tokens), [], []
         with LiveStorages() as live:
@@ -92,10 +147,13 @@ def held_bytes(stack: LayerStack, tokens: int, name: str) -> common.Json:
             for index in range(len(stack.layers)):
                 hidden = stack.call(index, hidden, tokens)
                 live_bytes.append(live.live_bytes())
-                counted.append(handle.engine.stats.retained.now)
+                counted.append(engine.stats.retained.now)
         hidden.backward(stack.output_gradient(tokens))
-        handle.engine.end_step()
+        engine.end_step()
+        sent = engine.stats.link_nbytes / len(stack.layers)
     stack.clear_gradients()
+    if has_policy(name):
+        return {"link_bytes": sent}
     return {"live_bytes": live_bytes[-1] - live_bytes[-2], "engine_bytes": counted[-1] - counted[-2]}
 
 
@@ -128,31 +186,41 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> common.Json:
 def timed(stack: LayerStack, tokens: int, name: str) -> common.Json:
     """Wall and processor time of a step."""
     clock = common.Clock()
-    with switched_on(stack, name, counted=False):
+    with switched_on(stack, name, counted=False) as handle:
+        if has_policy(name):
+            step(stack, tokens)  # in which layers are learned, and host memory is touched for the first time
+            handle.engine.end_step()
+            stack.clear_gradients()
         with clock.running():
             step(stack, tokens)
+            if has_policy(name):
+                handle.engine.end_step()
         stack.clear_gradients()
     return {"wall": clock.wall, "cpu": clock.cpu}
 
 
-def measure_layers(args: argparse.Namespace, rig: CpuRig) -> common.Json:
-    """All contenders on the real layer."""
-    shape, tokens = (TOY, 32) if args.quick else (LLAMA, args.tokens)
-    with rig:
-        stack = LayerStack(shape, 2, torch.bfloat16, fused=True)
-        stack.kwargs(tokens)
-        unit = tokens * shape.hidden * 2
-        found: common.Json = {name: held_bytes(stack, tokens, name) for name in CONTENDERS}
-        exact = gradients(stack, tokens, STOCK)
-        for name in CONTENDERS:
-            found[name]["error"] = errors(gradients(stack, tokens, name), exact)
-        del exact
-        rounds = 2 if args.quick else args.rounds
-        series = common.interleaved({name: lambda name=name: timed(stack, tokens, name) for name in CONTENDERS}, rounds)  # type: ignore[misc]
+def measure_case(case: Case, args: argparse.Namespace) -> common.Json:
+    """All contenders on one stack."""
+    shape, tokens = (case.toy, 32) if args.quick else (case.shape, case.tokens)
+    stack = LayerStack(shape, 2, torch.bfloat16, fused=True)
+    found: common.Json = {name: bytes_of_a_layer(stack, tokens, name) for name in case.contenders}
+    exact = gradients(stack, tokens, STOCK)
+    for name in case.contenders:
+        found[name]["error"] = errors(gradients(stack, tokens, name), exact)
+    del exact
+    rounds = 1 if args.quick else args.rounds
+    series = common.interleaved({name: lambda name=name: timed(stack, tokens, name) for name in found}, rounds)  # type: ignore[misc]
+    unit = tokens * shape.hidden * 2
+    seconds = {name: [each["cpu"] for each in steps] for name, steps in series.items()}
     for name, counts in found.items():
-        counts["units"] = counts["live_bytes"] / unit
-        counts["of_stock"] = counts["live_bytes"] / found[STOCK]["live_bytes"]
-        counts["time_ratio"] = common.ratios(*([each["cpu"] for each in series[who]] for who in (name, STOCK)))
+        if has_policy(name):
+            counts["link_ratio"] = counts["link_bytes"] / found[SWAP]["link_bytes"]
+        else:
+            counts["units"] = counts["live_bytes"] / unit
+            counts["of_stock"] = counts["live_bytes"] / found[STOCK]["live_bytes"]
+        counts["cpu_seconds"] = common.summary(seconds[name])
+        counts["time_over"] = OVER.get(name, STOCK)
+        counts["time_ratio"] = common.ratios(seconds[name], seconds[counts["time_over"]])
     return {"tokens": tokens, "hidden": shape.hidden, "ffn": shape.ffn, "unit_bytes": unit, "contenders": found}
 
 
@@ -188,13 +256,18 @@ def measure_swiglu(tokens: int, width: int) -> list[common.Json]:
 
 def targets(results: common.Json) -> list[common.Json]:
     """What was asked for."""
-    contenders = results["layers"]["contenders"]
+    contenders = results["shapes"]["llama-3-8b"]["contenders"]
     asked = [
         {"what": f"{name}: {contenders[name]['of_stock']:.3f} of stock's bytes, 0.5 allowed",
          "met": contenders[name]["of_stock"] <= 0.5}
         for name in ("mlp", "all")
     ]  # fmt: skip
-    wrong = [name for name, counts in contenders.items() if counts["engine_bytes"] != counts["live_bytes"]]
+    wrong = [
+        f"{name} of {kind}"
+        for kind, case in results["shapes"].items()
+        for name, counts in case["contenders"].items()
+        if not has_policy(name) and counts["engine_bytes"] != counts["live_bytes"]
+    ]
     what = "the engine's count is that of live storages" + (f", but for {', '.join(wrong)}" if wrong else "")
     worst = max(row["error"]["e4m3"] for row in results["swiglu"] if 1e-2 <= row["scale"] <= 1e2)
     return [
@@ -207,13 +280,15 @@ def targets(results: common.Json) -> list[common.Json]:
 
 def show(results: common.Json) -> None:
     """Tables for people."""
-    rows = [
-        (name, f"{one['units']:.2f}", f"{one['of_stock']:.3f}", f"{one['error']['parameters']:.2%}",
-         f"{one['error']['input']:.2%}", f"{one['error']['worst']:.2%}", f"{one['time_ratio']['median']:.2f}")
-        for name, one in results["layers"]["contenders"].items()
-    ]  # fmt: skip
-    header = ("", "units", "of stock", "error", "of input", "worst", "time")
-    common.print_table("a layer of Llama 3 8B", header, rows)
+    header = ("", "units", "of stock", "link", "error", "of input", "worst", "time", "least", "most", "over")
+    for kind, case in results["shapes"].items():
+        rows = [
+            (name, *(f"{one[what]:.3f}" if what in one else "" for what in ("units", "of_stock", "link_ratio")),
+             *(f"{one['error'][of]:.2%}" for of in ("parameters", "input", "worst")),
+             *(f"{one['time_ratio'][what]:.2f}" for what in ("median", "min", "max")), one["time_over"])
+            for name, one in case["contenders"].items()
+        ]  # fmt: skip
+        common.print_table(f"{kind}: h = {case['hidden']}, {case['tokens']} tokens", header, rows)
     names = list(results["swiglu"][0]["error"])
     rows = [(f"{row['scale']:g}", *(f"{row['error'][name]:.2%}" for name in names)) for row in results["swiglu"]]
     common.print_table("SwiGLU's gradient by the scale of its input", ("scale", *names), rows)
@@ -224,14 +299,15 @@ def show(results: common.Json) -> None:
 def main() -> None:
     """Run and write."""
     parser = common.argument_parser(__doc__ or "")
-    parser.add_argument("--tokens", type=int, default=64, help="sequence length (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of the timing (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of the timing (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with single_rank("cpu") as rig:
         swiglu = measure_swiglu(16, 64) if args.quick else measure_swiglu(512, 1024)
         rig.stop()
-        results: common.Json = {"layers": measure_layers(args, rig), "swiglu": swiglu}
+        with rig:
+            shapes = {kind: measure_case(case, args) for kind, case in CASES.items()}
+    results: common.Json = {"shapes": shapes, "swiglu": swiglu}
     results["targets"] = targets(results)
     show(results)
     common.write(args.out, "saved_activations", args, results)
