@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -438,15 +439,25 @@ def test_recipes_are_valid_and_on(name: str) -> None:
     assert load_config(EXAMPLES / "recipes" / f"{name}.yaml").activations.policy == name
 
 
+SMALL = {  # ranks, flags, and what is in the output: that megamem did something
+    "01_enable_in_your_script.py": (1, [], "swapped"),
+    "02_nemo_bridge.py": (2, ["--config-file", str(EXAMPLES / "recipes" / "nemo_bridge.yaml")], "swapped"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.megatron
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("0*.py")))
 def test_small_example_runs_and_is_small(script: str) -> None:
-    assert len((EXAMPLES / script).read_text().splitlines()) < 80
-    command = [sys.executable, str(EXAMPLES / script)]
+    assert len((EXAMPLES / script).read_text().splitlines()) < 100
+    ranks, flags, expected = SMALL[script]
+    if "bridge" in script and (find_spec("megatron") is None or find_spec("megatron.bridge") is None):
+        pytest.skip("megatron-bridge is not installed; ci/test.sh installs it beside the Megatron-Core that it fits")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "megamem.testing"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(EXAMPLES / script), *flags]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG, check=False)
     assert done.returncode == 0, done.stderr
-    assert "swapped" in done.stdout
+    assert expected in done.stdout
 
 
 def test_quickstart_explains_itself_from_anywhere(tmp_path: Path) -> None:

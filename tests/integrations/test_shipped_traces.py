@@ -44,7 +44,8 @@ def main() -> None:
     import torch
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megamem.integrations.allocation_run import allocation_groups, trace_gpt
+    from megamem.integrations import allocation_run
+    from megamem.integrations.allocation_run import Job, groups_of, trace_gpt
     from megamem.integrations.megatron_profile import GptShape
     from megamem.testing.cpu import cpu_rig
 
@@ -57,21 +58,23 @@ def main() -> None:
             output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             return output.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
-    def spec(_config: Any) -> Any:
+    def spec(_config: Any, **_where: Any) -> Any:
         made = get_gpt_layer_local_spec(normalization="RMSNorm")
         made.submodules.self_attention.submodules.core_attention = Attention
         return made
 
+    allocation_run.local_layer_spec = spec  # the recording program's layers, where the product has its own
     found = []
-    with allocation_groups(1, "fake"), cpu_rig():
-        for num_layers in (2, 3):
-            shape = GptShape(
-                num_layers=num_layers, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
-                num_query_groups=32, seq_length=4096, micro_batch_size=1, vocab_size=32000, swiglu=True,
-                normalization="RMSNorm", disable_bias_linear=True, bf16=True,
-            )  # fmt: skip
-            problem = trace_gpt(shape, num_microbatches=4, spec=spec).problem()
-            found.append((len(problem), peak_live(problem)))
+    for num_layers in (2, 3):
+        shape = GptShape(
+            num_layers=num_layers, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
+            num_query_groups=32, seq_length=4096, micro_batch_size=1, vocab_size=32000, swiglu=True,
+            normalization="RMSNorm", disable_bias_linear=True, bf16=True,
+        )  # fmt: skip
+        job = Job(shape=shape, num_microbatches=4)
+        with groups_of(job), cpu_rig():
+            problem = trace_gpt(job).problem()
+        found.append((len(problem), peak_live(problem)))
     print(json.dumps(found))
 
 
