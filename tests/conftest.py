@@ -14,7 +14,8 @@ HAS_MEGATRON = HAS_TORCH and find_spec("megatron") is not None and find_spec("me
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fork the rank server now, while no test has imported torch yet (see megamem/testing/dist.py)."""
-    if HAS_TORCH:
+    runs_tests = hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None)  # of pytest-xdist
+    if HAS_TORCH and runs_tests:
         start_server()
 
 
