@@ -6,7 +6,7 @@ megamem doctor     what of megamem works with what is installed here
 megamem config     check, resolve and describe configurations
 megamem simulate   check, price and draw a pipeline schedule
 megamem solve      place the buffers of a memory trace, with a proof
-megamem profile    measure what a model's layers cost on this device
+megamem profile    measure a training script, a model's layers, or this machine
 megamem report     show what a plan predicts, as an HTML page
 """
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError
 from megamem.options import Bytes, Invalid
+from megamem.plan_profile import load_script_profile, machine_of, text_as_it_ran
 
 if TYPE_CHECKING:
     from megamem.config import Config
@@ -28,6 +29,7 @@ _EXAMPLES = """examples:
   megamem plan --model llama3-70b --gpu h100 --seq-length 32k --min-gpus
   megamem plan --from-megatron-args "$(cat launch.sh)" --gpu h100     what would megamem do for this job?
   megamem plan --from-yaml run.yaml --gpus 16 --gpu profile.json      a Megatron-Bridge configuration, measured GPUs
+  megamem plan --from-profile profile.json -o plan.yaml               the same, for a job that was measured
   torchrun --nproc-per-node 8 pretrain_gpt.py $(megamem plan --read plan.yaml --flags) --megamem plan.yaml ...
 
 Sizes of the layout that are not given are searched. Models: names (--list), a Hugging Face config.json or the folder
@@ -62,13 +64,14 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     model.add_argument(
         "--from-yaml", metavar="FILE", help="a Megatron-Bridge configuration, or MODEL_ARGS of Megatron-LM"
     )
+    model.add_argument(
+        "--from-profile", metavar="FILE", help="a job that megamem profile --script has measured, on the GPUs it ran on"
+    )
     model.add_argument("--read", metavar="PLAN.yaml", help="show a plan that was made before")
     model.add_argument("--list", action="store_true", help="list the models and GPUs that have names, and exit")
     job = plan.add_argument_group("the job")
     job.add_argument("--gpus", metavar="N", type=int, help="how many GPUs")
-    job.add_argument(
-        "--gpu", metavar="NAME|FILE", default="h100", help="which (default: %(default)s), or a measured profile"
-    )
+    job.add_argument("--gpu", metavar="NAME|FILE", help="which, or a profile (default: --from-profile's, else h100)")
     job.add_argument("--seq-length", metavar="N", help="tokens of a sequence: 131072, or 128k")
     job.add_argument(
         "--global-batch-size", metavar="N", type=int, help="sequences of a step (default: 4Mi tokens of them)"
@@ -132,6 +135,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
         from megamem.plan_text import text_of_plan
 
         print(text_of_plan(config, top=arguments.top))
+        if arguments.from_profile:
+            print(f"\n{text_as_it_ran(arguments.from_profile, arguments.gpu)}")
         if arguments.output:
             print(f"\nwritten to {arguments.output}; run it with --megamem {arguments.output}")
     return 0
@@ -148,6 +153,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
         problems.append(f"--top {arguments.top}: give 0 or more")
     if arguments.read:
         others = {"--model": "model", "--from-megatron-args": "from_megatron_args", "--from-yaml": "from_yaml"}
+        others |= {"--from-profile": "from_profile"}
         others |= {"--gpus": "gpus", "--seq-length": "seq_length", "--max-seq": "max_seq", "--min-gpus": "min_gpus"}
         problems += [
             f"--read shows a plan that was made, and {flag} asks for a new one; give one of them"
@@ -172,8 +178,8 @@ def _made(arguments: argparse.Namespace) -> Config:
     from megamem.planner.joint import explain, search
     from megamem.planner.joint.layout import plan_layout
 
-    hardware = load_hardware(arguments.gpu)
     job, gpus, fixed = job_of(arguments)
+    hardware = load_hardware(arguments.gpu or machine_of(arguments.from_profile) or "h100")
     wishes = _wishes(arguments, hardware.host_memory)
     progress = _progress()
     if arguments.max_seq:
@@ -198,9 +204,9 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
     from megamem.planner.joint.search import Fixed
     from megamem.planner.models import job_of_flags, job_of_yaml, load_model
 
-    sources = [arguments.model, arguments.from_megatron_args, arguments.from_yaml]
+    sources = [arguments.model, arguments.from_megatron_args, arguments.from_yaml, arguments.from_profile]
     if sum(source is not None for source in sources) != 1:
-        raise ConfigError("give one of --model, --from-megatron-args, --from-yaml and --read")
+        raise ConfigError("give one of --model, --from-megatron-args, --from-yaml, --from-profile and --read")
     sizes = {name: getattr(arguments, f"fixed_{name}") for name in _LAYOUT}
     length = None if arguments.seq_length is None else tokens(arguments.seq_length)
     problems = _small(arguments) + [
@@ -225,8 +231,12 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
             spec=arguments.transformer_impl,
         )
     else:
-        read = job_of_flags if arguments.from_yaml is None else job_of_yaml
-        job = read(arguments.from_megatron_args or arguments.from_yaml, arguments.gpus)
+        if arguments.from_profile is not None:
+            job = load_script_profile(arguments.from_profile).job
+        elif arguments.from_yaml is not None:
+            job = job_of_yaml(arguments.from_yaml, arguments.gpus)
+        else:
+            job = job_of_flags(arguments.from_megatron_args, arguments.gpus)
         job = job if length is None else replace(job, seq_length=length)
         for name in ("tensor", "pipeline", "context", "expert"):
             sizes[name] = sizes[name] or getattr(job.layout, name)

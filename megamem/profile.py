@@ -1,4 +1,4 @@
-"""`megamem profile`: measure what a model's layers cost on this device, for `megamem simulate --costs`."""
+"""`megamem profile`: a training script, a model's layers, a machine or the allocations of a step, measured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError, MissingPackage
+from megamem.profile_script import add_script_flags, profile_script
 
 if TYPE_CHECKING:
     from megamem.ir.allocation_trace import AllocationTrace
 
 EXAMPLES = """examples:
+  torchrun --nproc-per-node 8 -m megamem profile --output profile.json --script pretrain_gpt.py <its arguments>
   megamem profile --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 \\
       --num-query-groups 8 --swiglu --disable-bias-linear --normalization RMSNorm --seq-length 8192 \\
       --vocab-size 128256 --bf16 --link-gb-per-s 40 --output costs.json
@@ -26,7 +28,9 @@ EXAMPLES = """examples:
   megamem profile ... --allocations step.trace && megamem solve step.trace
   megamem simulate --schedule auto --stages 8 --microbatches 64 --costs costs.json --memory-limit 40GiB
 
-Times are in milliseconds, memory in bytes, both per microbatch and tensor-parallel rank. Layers are Megatron-Core's
+The script runs as under megamem run: Megatron-LM's pretrain_gpt.py from an unmodified checkout, a Megatron-Bridge
+script, your own; with --megamem flags among its arguments, megamem is on while it is measured. It is stopped in its
+training loop; nothing is saved. In a costs file times are in milliseconds, memory in bytes, both per microbatch and tensor-parallel rank. Layers are Megatron-Core's
 local ones with PyTorch's attention. Without a GPU the processor is measured.
 """
 
@@ -35,8 +39,9 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add the subcommand."""
     parser = commands.add_parser(
         "profile",
-        help="measure what a model's layers cost here",
-        description="Build three pipeline stages of a Megatron-Core GPT on this device, measure forward pass, input "
+        help="measure a training script, a model's layers, or this machine",
+        description="With --script: run a training script for some steps, and write the job, its step times and memory "
+        "on every rank, and the rates of the machine, for megamem plan --from-profile. Else: build three pipeline stages of a Megatron-Core GPT on this device, measure forward pass, input "
         "gradient and weight gradient of each and the bytes held in between, and write a costs file.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,6 +70,7 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="measure this machine instead: products and attention at the shapes above, links, pinning, disk",
     )
     _add_allocations(parser)
+    add_script_flags(parser)
     parser.set_defaults(run=run_profile)
 
 
@@ -111,6 +117,8 @@ def _add_allocations(parser: argparse.ArgumentParser) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> int:
     """Measure and write; rank 0 does the talking."""
+    if arguments.script is not None:
+        return profile_script(arguments)
     if arguments.hardware:
         return _measure_hardware(arguments)
     if arguments.snapshot is not None:

@@ -9,11 +9,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megamem.config import add_arguments
 from megamem.errors import ConfigError, MegamemError, MissingPackage
 from megamem.flags import Request, split_flags
 from megamem.host import rank_of
+
+if TYPE_CHECKING:
+    from megamem.integrations.door import Door
 
 EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m megamem run pretrain_gpt.py --megamem megamem.yaml <Megatron-LM's flags>
@@ -25,6 +29,8 @@ SCRIPT is any program that trains with Megatron-Core: Megatron-LM's pretrain_gpt
 Megatron-Bridge script, your own. The --megamem flags may stand before or behind it; it never sees them. megamem is
 switched on when the script has made Megatron's parallel groups, and off, with a report, when it ends.
 """
+
+_USES = {"run": "run", "profile": "profile --output profile.json --script"}
 
 
 def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,22 +54,31 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run_script(options: argparse.Namespace) -> int:
     """Run the script as `__main__`. What it raises, SystemExit included, goes on to the caller."""
-    script = Path(options.script)
     typed = [word for key, value in vars(options).items() for word in _typed(key, value)]
     try:
-        request, arguments = split_flags([*typed, *options.arguments])
-        _check(script, arguments)
-        # As `python script` does; a checkout's own megatron is found from here.
-        sys.path[0] = str(script.resolve().parent)
-        _check_packages()
+        request, arguments = prepare(Path(options.script), [*typed, *options.arguments], "run")
     except MegamemError:
         if rank_of(os.environ) in (None, 0):
             raise
         return 2  # all ranks see the same; one of them says so
-    sys.argv = [str(script), *arguments]
-    with _rig(options.cpu):
-        _run(script, request)
+    with rig(options.cpu):
+        from megamem.integrations.door import Door
+
+        run_behind(Door(request), Path(options.script), arguments)
     return 0
+
+
+def prepare(script: Path, words: Sequence[str], command: str) -> tuple[Request, list[str]]:
+    """What `words` ask of megamem, and what is left for the script. Raises MegamemError for what is wrong with the call.
+
+    The script's folder becomes the first place where modules are looked for. `command` is megamem's.
+    """
+    request, arguments = split_flags(words)
+    _check(script, arguments, command)
+    # As `python script` does; a checkout's own megatron is found from here.
+    sys.path[0] = str(script.resolve().parent)
+    _check_packages(command)
+    return request, arguments
 
 
 def _typed(key: str, value: object) -> list[str]:
@@ -72,12 +87,11 @@ def _typed(key: str, value: object) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}"] if is_ours else []
 
 
-def _run(script: Path, request: Request) -> None:
+def run_behind(door: Door, script: Path, arguments: Sequence[str]) -> None:
+    """Run the script as `__main__`, with what the door switches on. What it raises goes on to the caller."""
     import runpy
 
-    from megamem.integrations.door import Door
-
-    door = Door(request)
+    sys.argv = [str(script), *arguments]
     door.open()
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -93,19 +107,19 @@ def _run(script: Path, request: Request) -> None:
     door.close()
 
 
-def _check(script: Path, arguments: Sequence[str]) -> None:
+def _check(script: Path, arguments: Sequence[str], command: str) -> None:
     """What is wrong with the call, before anything is loaded."""
     if not script.is_file():
         near = "" if script.suffix else f"; did you mean {script}.py?" if script.with_suffix(".py").is_file() else ""
-        raise ConfigError(f"run: {script} is not a file{near}")
+        raise ConfigError(f"{command}: {script} is not a file{near}")
     if rank_of(os.environ) is None and not {"-h", "--help"} & set(arguments):
         raise ConfigError(
-            "run: no launcher has started this process (RANK is not set), so it would not know the other ranks; start "
-            f"it as  torchrun --nproc-per-node N -m megamem run {script} ..."
+            f"{command}: no launcher has started this process (RANK is not set), so it would not know the other ranks; "
+            f"start it as  torchrun --nproc-per-node N -m megamem {_USES[command]} {script} ..."
         )
 
 
-def _check_packages() -> None:
+def _check_packages(command: str) -> None:
     for module, package in (("torch", "torch"), ("megatron.core", "megatron-core")):
         try:
             found = find_spec(module) is not None
@@ -113,13 +127,14 @@ def _check_packages() -> None:
             found = False
         if not found:
             raise MissingPackage(
-                f'run: {package} is not installed, and not beside the script; pip install "megamem[train]", or set '
+                f'{command}: {package} is not installed, and not beside the script; pip install "megamem[train]", or set '
                 "PYTHONPATH to where it is"
             )
 
 
 @contextlib.contextmanager
-def _rig(on_cpu: bool) -> Iterator[None]:
+def rig(on_cpu: bool) -> Iterator[None]:
+    """What a script needs that is to train on CPU ranks; nothing where it is not."""
     if not on_cpu:
         yield
         return

@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megamem.config import Config, load_config
+from megamem.deciding import undecided
 from megamem.errors import NotLiveError, UnsupportedError
 from megamem.integrations import compat
 from megamem.integrations.door import Door
 from megamem.options import options_of
+from megamem.planner.models.bridge import job_of_content
 
 _FIELD = "megamem"
 
@@ -113,6 +116,9 @@ def _prepare(config: Any) -> None:
         raise UnsupportedError("megamem: " + "; ".join(problems))
     if not request.config.enabled:
         return
+    if undecided(request.config):
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        door.job = job_of_content(config.to_dict(), "the configuration", ranks)
     door.take(request)
     if Door.current() is None:
         door.open(["scripts"])

@@ -27,6 +27,8 @@ from megamem.runtime.door import AbstractDoor
 
 if TYPE_CHECKING:
     from megamem.integrations.megatron_core import Handle
+    from megamem.integrations.metering import Meter
+    from megamem.integrations.this_job import KnownJob
     from megamem.patches.registry import Applied
 
 
@@ -35,12 +37,14 @@ class Door(AbstractDoor):
 
     request:  what is to be switched on; a trainer's own configuration may add to it (`take`)
     handle:   megamem, while it is on
+    job:      what the script trains, where its own configuration has told; Megatron-LM's arguments are found later
     stays:    whether the script may make groups again when it has destroyed them
     """
 
     def __init__(self, request: Request | None = None, *, stays: bool = True) -> None:
         self.request, self._stays = request or Request(), stays
         self.handle: Handle | None = None
+        self.job: KnownJob | None = None
         self._was_on = False
         self._applied: list[Applied] = []
         self._imports: AfterImport | None = None
@@ -88,13 +92,23 @@ class Door(AbstractDoor):
         from megamem.integrations.megatron_core import enable
 
         if self.request.config.enabled:
-            self.handle = enable(self.request.config, origins=self.request.origins)
+            self.handle = enable(self.request.config, origins=self.request.origins, job=self.job)
             self._was_on = True
 
     def on_groups_gone(self) -> None:
         self._switch_off()
         if not self._stays:
             self.abandon()
+
+    def known_meter(self) -> Meter | None:
+        """What counts the activations of the script's model already, where something does."""
+        return None if self.handle is None else self.handle.meter()
+
+    def make_way(self) -> None:
+        """The script is about to switch megamem on by itself."""
+
+    def adopt(self, handle: Handle) -> None:
+        """The script has switched megamem on by itself."""
 
     def add_flags(self, parser: Any) -> Any:
         add_arguments(parser, default=argparse.SUPPRESS)

@@ -28,8 +28,12 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any] | None:
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+    is_there = dist.is_available() and dist.is_initialized()  # behind a script that has made its groups
+    if ranks > 1 and not is_there:
+        # A script before may have had groups, and ended them: their addresses are still in the launcher's store.
+        store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+        store = dist.PrefixStore("megamem profile", store)  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
     try:
         probe = Probe(
             device, _sizes(arguments, on_gpu), barrier=dist.barrier if ranks > 1 else _nothing, progress=_show
@@ -40,7 +44,7 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any] | None:
         measured["context"] = {"value": context_bytes(device), "source": "measured"}
         measured["node"] = {"value": torch.cuda.device_count() if on_gpu else ranks, "source": "measured"}
     finally:
-        if ranks > 1:
+        if ranks > 1 and not is_there:
             dist.destroy_process_group()
     if int(os.environ.get("RANK", "0")) != 0:
         return None

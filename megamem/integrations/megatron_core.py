@@ -36,6 +36,7 @@ from megamem.integrations import compat, transformer_engine
 from megamem.integrations.against_plan import AgainstPlan
 from megamem.integrations.allocator import PlannedMemory
 from megamem.integrations.capability import Capability, CapabilityReport, agree, refuse_together, require_live
+from megamem.integrations.door import Door
 from megamem.integrations.layer_check import check_layer
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
 from megamem.integrations.megatron_linear import run_whole
@@ -118,13 +119,19 @@ def enable(
         patches += [patch.bound(session) for patch in GROUPS["schedule.building"]]
     for capability in session.capabilities:
         patches += capability.patches()
+    door = Door.current()
+    if door is not None:
+        door.make_way()
     applied = apply(patches)
     if torch.distributed.get_rank() == 0:
         where = str(config) if isinstance(config, str | Path) else "megamem.enable"
         implied = origins_in(loaded, f"schedule.name: {loaded.schedule.name}")
         implied |= origins_in(Config(schedule=loaded.schedule), "vocabulary.parallel: true")
         print(session.table({**implied, **(origins or origins_in(asked, where))}), flush=True)
-    return Handle(loaded, session, applied)
+    handle = Handle(loaded, session, applied)
+    if door is not None:
+        door.adopt(handle)
+    return handle
 
 
 def _of_loaded_trainers() -> Iterator[Patch]:
@@ -206,6 +213,7 @@ class Session(AbstractSession, AbstractBuilder):
         self._planned = planned
         self.meter: MeterSession | None = None
         self.against_plan = _against_plan(config)
+        self.on_step: Callable[[Mapping[str, Any]], None] | None = None
         self.undo: list[Callable[[], None]] = []
 
     def table(self, origins: Mapping[str, str]) -> str:
@@ -294,6 +302,8 @@ class Session(AbstractSession, AbstractBuilder):
             self._begin(arguments["model"])
         if trains and self.against_plan is not None:
             self.against_plan.begin_step()
+        if trains and self.on_step is not None:
+            self.on_step(arguments)
         try:
             for capability in self.capabilities:
                 capability.begin_step(arguments, trains=trains)
@@ -444,6 +454,13 @@ class Handle:
         meter = ScheduleMeter(layers, self._session.schedule.queue)
         self._session.schedule.observe = meter.observe
         return meter
+
+    def watch(self, begin_step: Callable[[Mapping[str, Any]], None]) -> bool:
+        """Call `begin_step` with the arguments of every training step. False where nothing is on that knows of steps."""
+        if self._session is None:
+            return False
+        self._session.on_step = begin_step
+        return True
 
     def report(self) -> Report:
         """What the capabilities did on this rank so far; prints as a table."""

@@ -69,8 +69,8 @@ def measured_activations() -> Iterator[Meter]:
     from megamem.integrations.door import Door
 
     door = Door.current()
-    if door is not None and door.handle is not None:
-        yield door.handle.meter()
+    if door is not None and (known := door.known_meter()) is not None:
+        yield known
         return
     meter = ActivationMeter()
     with apply(patch.bound(MeterSession(meter)) for patch in METER_PATCHES):

@@ -127,7 +127,7 @@ class Probe:
     def _lengths(self) -> list[int]:
         """Powers of two up to the sequence length, six at most."""
         lengths = [self.sizes.seq_length >> shift for shift in range(6)]
-        return sorted(length for length in lengths if length >= 64)
+        return sorted(length for length in lengths if length >= 64) or [self.sizes.seq_length]
 
     def attention(self, length: int, *, backward: bool) -> float:
         """FLOP/s of causal attention; the lower triangle counts, in the backward pass two and a half times."""

@@ -18,6 +18,7 @@ from typing import Any
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MEMO = {"activations": {"policy": "memo", "keep_last_layers": 0}}
 BOTH = {**MEMO, "schedule": {"name": "zb-h1"}}
+AUTO = {"activations": {"policy": "auto"}, "planner": {"hardware": "h100"}}
 YAML = "model: {hidden_size: 64}\nmegamem:\n  activations: {policy: memo, keep_last_layers: 0}\n"
 WRONG = "megamem:\n  activations: {polcy: memo, swap_fraction: lots}\n  shedule: {name: zb-h1}\n"
 CLI = ["megamem.schedule.name=zb-h1"]
@@ -143,6 +144,7 @@ def _whole_runs(runs: Runs) -> None:
     runs.found["board"] = [path.name for path in Path(board).glob("events.*")]
     runs.run("merged", merged)
     runs.run("idle", lambda cfg: attach(cfg))
+    runs.run("left to the planner", lambda cfg: attach(cfg, AUTO))
     chunks = {"virtual_pipeline_model_parallel_size": 2}
     # Freed at once, an output may be gone before gloo has sent it; NCCL's sends are ordered by the stream.
     overlap = {**chunks, "overlap_p2p_comm": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}

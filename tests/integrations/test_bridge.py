@@ -55,6 +55,11 @@ class TestPretrain:
         same(ranks, "idle")
         assert "is on, with" not in ranks[0]["idle"]["output"]
 
+    def test_what_is_left_to_the_planner_is_decided_for_this_model(self, ranks: list[Found]) -> None:
+        same(ranks, "left to the planner")
+        output = ranks[0]["left to the planner"]["output"]
+        assert "activations  off" in output and "The plan predicts" in output  # everything fits as it is
+
     def test_the_callback_writes_the_report(self, ranks: list[Found]) -> None:
         assert ranks[0]["board"] or ranks[1]["board"]
 

@@ -33,7 +33,7 @@ def decide(config: Config, job: Job, hardware: Hardware, host: float | None = No
         return config
     if problems := _problems(config, job):
         raise ConfigError(problems)
-    wishes = _wishes(config, hardware, host)
+    wishes = wishes_of(config, hardware, host)
     made = explain(plan_layout(job, hardware, wishes), wishes)
     assert made.plan is not None
     decided = replace(
@@ -64,7 +64,8 @@ def _problems(config: Config, job: Job) -> list[str]:
     return problems
 
 
-def _wishes(config: Config, hardware: Hardware, host: float | None) -> Wishes:
+def wishes_of(config: Config, hardware: Hardware, host: float | None = None) -> Wishes:
+    """What a configuration leaves to the planner, and what it settles; `host` as in `decide`."""
     schedule, vocabulary, activations = config.schedule, config.vocabulary, config.activations
     losses = [
         name

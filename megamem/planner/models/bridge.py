@@ -28,12 +28,16 @@ _ABSENT = ("", "null", "none", "false", "~")
 
 def job_of_yaml(path: str | Path, world_size: int | None = None) -> Job:
     """The job that a Bridge configuration or a Megatron-LM test case describes. Raises ConfigError."""
-    content = read_mapping(Path(path))
+    return job_of_content(read_mapping(Path(path)), str(path), world_size)
+
+
+def job_of_content(content: Mapping[str, Any], where: str, world_size: int | None = None) -> Job:
+    """The job that the content of such a file describes, or of `ConfigContainer.to_dict`. Raises ConfigError."""
     if arguments := _part(content, "MODEL_ARGS"):
         return job_of_flags(_words(arguments), world_size)
     model = _part(content, "model")
     if not model:
-        raise ConfigError(f"{path}: neither a Megatron-Bridge configuration (no model:) nor MODEL_ARGS of Megatron-LM")
+        raise ConfigError(f"{where}: neither a Megatron-Bridge configuration (no model:) nor MODEL_ARGS of Megatron-LM")
     flags: dict[str, Any] = {f"--{_RENAMED.get(key, key).replace('_', '-')}": value for key, value in model.items()}
     for key, flag in _INVERTED.items():
         if key in model:
@@ -49,7 +53,7 @@ def job_of_yaml(path: str | Path, world_size: int | None = None) -> Job:
     try:
         return job_of_flags(_words(flags), world_size)
     except ConfigError as fault:
-        raise ConfigError([f"{path}: {problem}" for problem in fault.problems]) from None
+        raise ConfigError([f"{where}: {problem}" for problem in fault.problems]) from None
 
 
 def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Retained:
-    """Bytes of device memory held between forward and backward; `peak` is the most since the last `reset`."""
+    """Bytes of device memory held between forward and backward; `peak` is the most since `forget_peak`."""
 
     now: int = 0
     peak: int = 0
@@ -20,6 +20,10 @@ class Retained:
         """Count `nbytes` as held (negative: given back)."""
         self.now += nbytes
         self.peak = max(self.peak, self.now)
+
+    def forget_peak(self) -> None:
+        """Count the most from now on."""
+        self.peak = self.now
 
 
 @dataclass(slots=True)
