@@ -1,4 +1,4 @@
-"""A job that was measured (`megamem profile --script`) beside what the planner says of it, before anything is changed."""
+"""A job that was measured (`megamem profile --script`) beside what the planner predicts of it as it ran."""
 
 from __future__ import annotations
 

@@ -30,8 +30,9 @@ EXAMPLES = """examples:
 
 The script runs as under megamem run: Megatron-LM's pretrain_gpt.py from an unmodified checkout, a Megatron-Bridge
 script, your own; with --megamem flags among its arguments, megamem is on while it is measured. It is stopped in its
-training loop; nothing is saved. In a costs file times are in milliseconds, memory in bytes, both per microbatch and tensor-parallel rank. Layers are Megatron-Core's
-local ones with PyTorch's attention. Without a GPU the processor is measured.
+training loop; nothing is saved. In a costs file times are in milliseconds, memory in bytes, both per microbatch and
+tensor-parallel rank; layers are Megatron-Core's local ones with PyTorch's attention. Without a GPU the processor is
+measured.
 """
 
 
@@ -41,8 +42,9 @@ def add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "profile",
         help="measure a training script, a model's layers, or this machine",
         description="With --script: run a training script for some steps, and write the job, its step times and memory "
-        "on every rank, and the rates of the machine, for megamem plan --from-profile. Else: build three pipeline stages of a Megatron-Core GPT on this device, measure forward pass, input "
-        "gradient and weight gradient of each and the bytes held in between, and write a costs file.",
+        "on every rank, and the rates of the machine, for megamem plan --from-profile. Else: build three pipeline "
+        "stages of a Megatron-Core GPT on this device, measure forward pass, input gradient and weight gradient of "
+        "each and the bytes held in between, and write a costs file.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

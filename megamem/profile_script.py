@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -42,10 +43,8 @@ def profile_script(options: argparse.Namespace) -> int:
             from megamem.integrations.script_profile import Enough, ProfileDoor, Watch, enough_steps
 
             watch = Watch(options.steps, _progress(is_main))
-            try:
+            with contextlib.suppress(Enough):  # it was stopped in its training loop
                 run_behind(ProfileDoor(request, watch), script, arguments)
-            except Enough:
-                pass  # it was stopped in its training loop
             profile = enough_steps(watch, str(script), options.steps)
             content = _measured_machine(options, profile) if not options.no_hardware else None
     except MegamemError:
@@ -135,7 +134,8 @@ def text_of_profile(profile: ScriptProfile) -> str:
         f"{job.model.num_layers} layers, {job.seq_length} tokens, {job.layout.text()}, {job.num_microbatches} "
         f"microbatches of {job.micro_batch_size}{on}",
         f"a step: {profile.step_seconds:.4g} s, the median of {count}",
-        f"{'pipeline rank':<16}{'activations, most':>20}{'device memory, most':>22}{'a layer, forward':>20}{'it keeps':>14}",
+        f"{'pipeline rank':<16}{'activations, most':>20}{'device memory, most':>22}{'a layer, forward':>20}"
+        f"{'it keeps':>14}",
     ]
     for place in range(job.layout.pipeline):
         found = [one for one in profile.measured if one.pipeline_rank == place]

@@ -69,7 +69,7 @@ def run_script(options: argparse.Namespace) -> int:
 
 
 def prepare(script: Path, words: Sequence[str], command: str) -> tuple[Request, list[str]]:
-    """What `words` ask of megamem, and what is left for the script. Raises MegamemError for what is wrong with the call.
+    """What `words` ask of megamem, and what is left for the script. Raises MegamemError with what is wrong.
 
     The script's folder becomes the first place where modules are looked for. `command` is megamem's.
     """
@@ -127,8 +127,8 @@ def _check_packages(command: str) -> None:
             found = False
         if not found:
             raise MissingPackage(
-                f'{command}: {package} is not installed, and not beside the script; pip install "megamem[train]", or set '
-                "PYTHONPATH to where it is"
+                f'{command}: {package} is not installed, and not beside the script; pip install "megamem[train]", or '
+                "set PYTHONPATH to where it is"
             )
 
 

@@ -1,4 +1,4 @@
-"""`megamem profile --script`, on scripts that know nothing of it, and what `megamem plan --from-profile` makes of it."""
+"""`megamem profile --script` on a script that knows nothing of it, and `megamem plan --from-profile` on the result."""
 
 import contextlib
 import io

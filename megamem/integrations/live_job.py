@@ -1,4 +1,4 @@
-"""The job that a process trains, read off what Megatron-Core has when a step begins: any trainer's, however configured."""
+"""The job that a process trains, read off what Megatron-Core has when a step begins, whatever the trainer."""
 
 from __future__ import annotations
 

@@ -456,7 +456,7 @@ class Handle:
         return meter
 
     def watch(self, begin_step: Callable[[Mapping[str, Any]], None]) -> bool:
-        """Call `begin_step` with the arguments of every training step. False where nothing is on that knows of steps."""
+        """Call `begin_step` with the arguments of every training step. False where nothing is on that has steps."""
         if self._session is None:
             return False
         self._session.on_step = begin_step

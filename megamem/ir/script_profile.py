@@ -1,4 +1,4 @@
-"""What `megamem profile --script` measured of a user's training job: the job, its settings, and its steps on every rank.
+"""What `megamem profile --script` measured of a training job: the job, its settings, its steps on every rank.
 
 In `profile.json` it stands beside the rates of the machine (`hardware`, as `megamem profile --hardware` writes them):
 
