@@ -1,4 +1,4 @@
-"""`megamem profile --script`: steps of a training script that knows nothing of it, timed and weighed; then it is stopped.
+"""`megamem profile --script`: steps of a script that knows nothing of it, timed and weighed; then it is stopped.
 
 The script runs as under `megamem run`. When Megatron's groups are there hooks are put around its steps and layers,
 which change no number; where the script, or a `--megamem` flag, switches megamem on, that is what is measured.
