@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ def job_of_step(arguments: Mapping[str, Any]) -> Job:
     wrapper = getattr(chunks[0], "ddp_config", None)
     known.use_distributed_optimizer = getattr(wrapper, "use_distributed_optimizer", False)
     known.overlap_grad_reduce = getattr(wrapper, "overlap_grad_reduce", False)
-    return job_of_arguments(known)
+    job = job_of_arguments(known)
+    # Megatron's own attention in PyTorch keeps its scores.
+    keeps_scores = any(type(module).__name__ == "DotProductAttention" for chunk in chunks for module in chunk.modules())
+    return replace(job, spec="unfused") if job.spec == "local" and keeps_scores else job
 
 
 def _take_layout(known: Namespace) -> None:

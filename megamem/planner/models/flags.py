@@ -222,7 +222,7 @@ def flags_of(job: Job) -> list[str]:
         ("--position-embedding-type", model.position),
         ("--hidden-dropout", model.hidden_dropout),
         ("--attention-dropout", model.attention_dropout),
-        ("--transformer-impl", job.spec),
+        ("--transformer-impl", "local" if job.spec == "unfused" else job.spec),
     ]
     if model.latent is None and model.num_query_groups != model.num_attention_heads:
         values += [("--group-query-attention", True), ("--num-query-groups", model.num_query_groups)]
