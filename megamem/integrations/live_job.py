@@ -21,6 +21,7 @@ _OF_MODEL = {
     "position_embedding_type": "position_embedding_type",
     "max_position_embeddings": "max_sequence_length",
 }
+_PLAIN = (int, float, str, list)
 
 
 def job_of_step(arguments: Mapping[str, Any]) -> Job:
@@ -32,7 +33,7 @@ def job_of_step(arguments: Mapping[str, Any]) -> Job:
     model = arguments["model"]
     chunks: list[Module] = list(model) if isinstance(model, list) else [model]
     config = get_model_config(chunks[0])
-    known = Namespace(**{name: getattr(config, name) for name in dir(config) if _is_value(config, name)})
+    known = Namespace(**{name: value for name, value in vars(config).items() if isinstance(value, _PLAIN)})
     known.num_experts = config.num_moe_experts
     known.swiglu = config.gated_linear_unit
     known.group_query_attention = config.num_query_groups not in (None, config.num_attention_heads)
@@ -64,10 +65,6 @@ def _take_layout(known: Namespace) -> None:
         known.expert_tensor_parallel_size = parallel_state.get_expert_tensor_parallel_world_size()
     known.virtual_pipeline_model_parallel_size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     known.world_size = torch.distributed.get_world_size()
-
-
-def _is_value(config: Any, name: str) -> bool:
-    return not name.startswith("_") and isinstance(getattr(config, name, None), int | float | str | list)
 
 
 def _attribute(chunks: Iterable[Module], name: str) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -117,6 +119,7 @@ def bridge_runs(folder: str) -> dict[str, Any]:
         _refused(runs)
         _checkpoints(runs)
         _unchanged_script(runs)
+        _measured_then_planned(runs)
     return runs.found
 
 
@@ -213,3 +216,32 @@ def _unchanged_script(runs: Runs) -> None:
         sys.path[:], sys.argv[:] = before
         seen = runs.example.watch.seen
         runs.found[name] = {"seen": seen, "output": out.getvalue(), "error": err.getvalue() if status else ""}
+
+
+def _measured_then_planned(runs: Runs) -> None:
+    """Three commands: `megamem profile` on the script as it is, `megamem plan`, and the script with the plan."""
+    from megatron.bridge.training.initialize import destroy_global_state
+
+    from megamem.cli import main
+
+    script, profile, plan = (str(runs.folder / name) for name in ("unchanged.py", "profile.json", "plan.yaml"))
+    before = list(sys.path), list(sys.argv)
+    runs.example.watch = Watch()  # type: ignore[attr-defined]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        command = ["profile", "--no-hardware", "--output", profile, "--script", script]
+        runs.found["profiled"] = main([*command, "--config-file", "", "train.train_iters=9"])
+    sys.path[:], sys.argv[:] = before
+    destroy_global_state()
+    with contextlib.redirect_stdout(out):
+        asked = ["--gpu", "h100", "--schedule", "zb-h1", "--activations", "memo", "-o", plan]
+        if int(os.environ["RANK"]) == 0:  # planned once, and written whole
+            runs.found["planned"] = main(["plan", "--from-profile", profile, *asked])
+        while not Path(plan).exists():
+            time.sleep(0.1)
+        runs.example.watch = Watch()  # type: ignore[attr-defined]
+        status = main(["run", script, "--config-file", "", "--megamem", plan])
+    sys.path[:], sys.argv[:] = before
+    runs.found["as planned"] = {
+        "seen": runs.example.watch.seen, "output": out.getvalue(), "error": "" if status == 0 else "failed",
+    }  # fmt: skip

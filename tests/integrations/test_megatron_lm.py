@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,15 +45,22 @@ def checkout() -> Path:
     return Path(named)
 
 
-def run(checkout: Path, folder: Path, *arguments: str, ranks: int = 2, script: Path | None = None) -> str:
-    """What `megamem run pretrain_gpt.py` prints, or a `script` run on the rig alone; it is to end well."""
+def run(
+    checkout: Path,
+    folder: Path,
+    *arguments: str,
+    ranks: int = 2,
+    script: Path | None = None,
+    command: tuple[str, ...] = ("run", "--cpu"),
+) -> str:
+    """What `megamem run pretrain_gpt.py` (another `command`) prints, or a `script` on the rig alone; it ends well."""
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    run = ["-m", "megamem", "run", "--cpu", str(checkout / "pretrain_gpt.py")]
-    command = [*launcher, str(ranks), *(run if script is None else ["-m", "megamem.testing", str(script)])]
+    run = ["-m", "megamem", *command, str(checkout / "pretrain_gpt.py")]
+    words = [*launcher, str(ranks), *(run if script is None else ["-m", "megamem.testing", str(script)])]
     path = [str(ROOT), *([str(checkout)] if script is not None else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(path)}
     done = subprocess.run(
-        [*command, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        [*words, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
@@ -82,6 +90,21 @@ class TestAnUnmodifiedCheckout:
             assert "zb-v" in output
             first, second, *_ = map(float, losses(output))
             assert second < first < 5.1
+
+    def test_three_commands_lead_from_a_launch_line_to_its_plan_to_the_same_losses(
+        self, checkout: Path, tmp_path: Path
+    ) -> None:
+        profile, plan = str(tmp_path / "profile.json"), str(tmp_path / "plan.yaml")
+        longer = ["9" if before == "--train-iters" else word for before, word in pairwise(["", *MODEL])]
+        measured = run(checkout, tmp_path, *longer, command=("profile", "--cpu", "--output", profile, "--script"))
+        assert "a step:" in measured and "written to" in measured and "iteration        5/" not in measured
+        asked = ["--schedule", "zb-h1", "--activations", "memo", "-o", plan]
+        made = [sys.executable, "-m", "megamem", "plan", "--from-profile", profile, *asked]
+        done = subprocess.run(made, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0 and "as it ran, without megamem" in done.stdout, done.stderr
+        stock, ours = run(checkout, tmp_path, *MODEL), run(checkout, tmp_path, *MODEL, "--megamem", plan)
+        assert losses(ours) == losses(stock)
+        assert "The plan predicts" in ours and "plan: predicted and measured" in ours
 
     def test_help_has_a_group_of_ours(self, checkout: Path, tmp_path: Path) -> None:
         try:
