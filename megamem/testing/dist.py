@@ -7,8 +7,9 @@
 
 **What runs where.** A rank is forked, enters `cpu_rig`, joins the process group and then serves one call after the
 other. The function must be module-level, because it travels by name; arguments and results are pickled. Between two
-calls everything that Megatron keeps globally is reset (`_reset`). A call in which any rank fails ends all ranks; the
-next call forks new ones.
+calls everything that Megatron keeps globally is reset (`_reset`). A call in which any rank fails ends all ranks, and so
+does one after which a rank has too many threads: each of gloo's communicators has three, which wake a hundred times a
+second, and something may still hold groups that were destroyed. The next call forks new ones.
 
 **Fork and threads.** Only the forking thread survives a fork, so the process that forks must not have started OpenMP
 or autograd threads: no torch operation before the first `run`. A pytest process cannot promise that. `start_server`
@@ -40,6 +41,7 @@ from typing import IO, Any, Self
 from megamem.testing._rank import Call, die_with_parent, serve_rank
 
 _START_S = 60  # for forking and joining the group, which is not counted against a call
+_MOST_THREADS = 64
 _GRACE_S = 0.5  # after the first failure, how long the others may take to say what they saw
 
 
@@ -78,6 +80,12 @@ class _Rank:
         if code is not None and code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"exited with status {code}"
+
+    @property
+    def num_threads(self) -> int:
+        """Of the rank; 0 where the system does not say."""
+        tasks = f"/proc/{self.process.pid}/task"
+        return len(os.listdir(tasks)) if os.path.isdir(tasks) else 0
 
     def stack(self) -> str:
         """Where the rank is now; works also while it waits inside gloo."""
@@ -140,6 +148,8 @@ class RankPool:
             self.close()
             raise
         self._take_output()
+        if any(rank.num_threads > _MOST_THREADS for rank in self._ranks):
+            self.close()
         return values
 
     def _take_output(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -189,3 +190,16 @@ def test_no_communicator_outlives_its_case(dist: Dist) -> None:
     for _ in range(2):
         run(_keep_groups)
     assert run(_count_communicators) == before
+
+
+def _start_threads(number: int) -> int:
+    for _ in range(number):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    return os.getpid()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc, which Linux has")
+def test_ranks_with_too_many_threads_are_replaced(dist: Dist) -> None:
+    few = dist(2)(_start_threads, 3)
+    assert dist(2)(_start_threads, 100) == few
+    assert not set(dist(2)(_start_threads, 0)) & set(few)
