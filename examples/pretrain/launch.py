@@ -34,7 +34,8 @@ def job(args: argparse.Namespace) -> Iterator[None]:
             stack.enter_context(cpu_rig())
         else:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        _init_process_group(args)
+        if not dist.is_initialized():  # a launcher of its own may have made it
+            _init_process_group(args)
         stack.callback(dist.destroy_process_group)
         _init_parallel_groups(args)
         yield

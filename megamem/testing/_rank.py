@@ -87,6 +87,7 @@ def serve_rank(
 ) -> None:
     """Main function of a forked rank."""
     die_with_parent()
+    os.setpgid(0, 0)  # what the rank starts, Megatron's writers of checkpoints for one, ends with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
     faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
     for descriptor in (1, 2):

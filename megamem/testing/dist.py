@@ -81,6 +81,13 @@ class _Rank:
             return f"was killed by {signal.Signals(-code).name}"
         return f"exited with status {code}"
 
+    def kill(self) -> None:
+        """End the process and what it has started: the group that it leads."""
+        self.process.kill()
+        if self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     @property
     def num_threads(self) -> int:
         """Of the rank; 0 where the system does not say."""
@@ -126,7 +133,7 @@ class RankPool:
         """End the ranks."""
         ranks, self._ranks = self._ranks, []
         for rank in ranks:
-            rank.process.kill()
+            rank.kill()
         for rank in ranks:
             rank.process.join()
             rank.pipe.close()

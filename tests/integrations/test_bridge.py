@@ -118,9 +118,9 @@ class TestAScriptThatKnowsNothing:
         assert ("policy: memo" in ranks[0][name]["output"]) == ("file" in name)
 
     def test_three_commands_lead_from_the_script_to_its_plan_to_the_same_bits(self, ranks: list[Found]) -> None:
-        assert ranks[0]["profiled"] == ranks[1]["profiled"] == ranks[0]["planned"] == 0
+        assert ranks[0]["profiled"] == ranks[1]["profiled"] == 0
         same(ranks, "as planned")
         output = ranks[0]["as planned"]["output"]
         assert "a step:" in output and "activations of rank 0, MiB" in output  # of the profile, and of the plan
-        assert "schedule       name: zb-h1" in output and "The plan predicts" in output
+        assert "name: zb-h1" in output and "The plan predicts" in output
         assert "plan: predicted and measured" in output

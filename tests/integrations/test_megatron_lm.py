@@ -98,7 +98,7 @@ class TestAnUnmodifiedCheckout:
         longer = ["9" if before == "--train-iters" else word for before, word in pairwise(["", *MODEL])]
         measured = run(checkout, tmp_path, *longer, command=("profile", "--cpu", "--output", profile, "--script"))
         assert "a step:" in measured and "written to" in measured and "iteration        5/" not in measured
-        asked = ["--schedule", "zb-h1", "--activations", "memo", "-o", plan]
+        asked = ["--schedule", "zb-h1", "-o", plan]
         made = [sys.executable, "-m", "megamem", "plan", "--from-profile", profile, *asked]
         done = subprocess.run(made, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == 0 and "as it ran, without megamem" in done.stdout, done.stderr
