@@ -43,6 +43,7 @@ EXTRAS = {
     "solve": ["scipy>=1.9"],  # the solver mip; the others need nothing but a C++ compiler
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff==0.17.6",
         "mypy==2.4.1",
         "types-PyYAML",

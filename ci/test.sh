@@ -11,7 +11,7 @@ every test that needs no GPU. What is there already is reused, so run it again a
 
   --fast   leave out the tests that launch whole training jobs
 
-Further arguments go to pytest: ci/test.sh --fast tests/runtime -x
+Further arguments go to pytest: ci/test.sh --fast tests/runtime -x -n 0 (in one process)
 
 environment:
   PYTHON   the interpreter to begin with, 3.11 or later   (default: the first one found)
@@ -52,8 +52,11 @@ say "checking format, lint, size and types"
 PY=$PY ci/check.sh || FAILED="the checks above"
 
 STEP="testing"
+# A file's tests stay in one process: they share whole training runs. Many have ranks of their own: more processes than
+# four only get in each other's way.
+WORKERS=(-n auto --maxprocesses 4 --dist loadfile)
 say "testing ($MARKS)"
 # </dev/null: no test may wait for someone to type.
-"$PY" -m pytest -m "$MARKS" "$@" </dev/null || FAILED="${FAILED:+$FAILED, and }the tests above"
+"$PY" -m pytest -m "$MARKS" "${WORKERS[@]}" "$@" </dev/null || FAILED="${FAILED:+$FAILED, and }the tests above"
 
 [ -z "$FAILED" ]
