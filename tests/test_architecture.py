@@ -43,8 +43,10 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": LEAVES | {"__init__", "native", "patches", "integrations"},
     "simulate": LEAVES | {"ir", "planner", "report"},
     "solve": LEAVES | {"ir", "planner", "report"},
-    "profile": LEAVES | {"ir", "profiler", "integrations", "testing"},  # testing: the rig, without a GPU
-    "plan": LEAVES | {"ir", "planner", "report", "plan_text"},
+    "profile": LEAVES | {"ir", "profiler", "integrations", "testing", "profile_script"},  # testing: the rig
+    "profile_script": LEAVES | {"ir", "integrations", "run"},
+    "plan": LEAVES | {"ir", "planner", "report", "plan_text", "plan_profile"},
+    "plan_profile": LEAVES | {"ir", "planner"},
     "plan_text": LEAVES | {"ir"},
     "plan_report": LEAVES | {"ir", "planner", "profiler", "report"},
     "run": LEAVES | {"integrations", "testing"},  # testing: the rig, for --cpu
@@ -67,7 +69,9 @@ STARTS_FAST = {
     "simulate",
     "solve",
     "profile",
+    "profile_script",
     "plan",
+    "plan_profile",
     "plan_report",
     "plan_text",
     "run",
