@@ -6,14 +6,15 @@ usage() {
     cat <<'TEXT'
 usage: ci/gpu.sh [--gpus N] [--quick] [--only NAME] [--dry-run] [--help]
 
-Runs the tests that need one GPU, on two or more also those that need several (`pytest -m gpus`), then every benchmark of
-ci/bench, and writes what they found as JSON, with the device, the driver and the versions beside it. Needs no network.
-Goes on after a failure; ends with status 1 if anything failed. Tests of which none passed have failed: all were skipped,
-so that nothing was shown.
+Runs the tests that need one GPU, on two or more also those that need several (`pytest -m gpus`), compares the golden
+numbers (ci/golden.py) with those recorded on such a GPU, if any were, then runs every benchmark of ci/bench, and writes
+what they found as JSON, with the device, the driver and the versions beside it. Needs no network. Goes on after a
+failure; ends with status 1 if anything failed. Tests of which none passed have failed: all were skipped, so that nothing
+was shown.
 
   --gpus N      use the first N GPUs, and refuse to run where there are fewer   (default: all that torch sees)
   --quick       toy sizes for the benchmarks: shows that they run, measures nothing
-  --only NAME   this part only: `tests`, `tests-gpus`, or the name of one benchmark without .py
+  --only NAME   this part only: `tests`, `tests-gpus`, `golden`, or the name of one benchmark without .py
   --dry-run     print the parts and their commands, and run nothing; needs neither a GPU nor torch
 
 environment:
@@ -162,6 +163,8 @@ parts() {
     elif [ -z "$DRY" ]; then
         say "tests-gpus: not run, it needs at least 2 GPUs"
     fi
+    # What was found becomes the record of a GPU that has none: from golden.json to ci/golden.
+    part golden "$PY" ci/golden.py --check --out "$OUT/golden.json"
     for script in ci/bench/*.py; do
         # Modules that the benchmarks share have no main part.
         grep -q '__main__' "$script" || continue

@@ -30,7 +30,8 @@ JOBS = [
     pytest.param(2, f"{PIPELINE} {MEMO} --megamem-schedule-name zb-h1", marks=pytest.mark.gpus(2), id="pp2, zb-h1"),
     pytest.param(2, f"{TENSOR} {MEMO}", marks=pytest.mark.gpus(2), id="tp2, memo"),
     pytest.param(
-        *(2, f"{PIPELINE} --megamem-vocabulary-parallel true --megamem-allocator-mode static"),
+        # In bfloat16, where the loss is summed in shards.
+        *(2, f"{PIPELINE} --megamem-vocabulary-parallel true --megamem-allocator-mode static --compare-tolerance 1e-3"),
         marks=pytest.mark.gpus(2),
         id="pp2, vocabulary, static",
     ),

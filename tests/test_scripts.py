@@ -210,6 +210,7 @@ class TestGpuScript:
             str(tmp_path / "out/arena.json"),
             "--quick",
         ]
+        assert parts["golden"] == ["no-python", "ci/golden.py", "--check", "--out", str(tmp_path / "out/golden.json")]
         for command in parts.values():
             assert "pytest" in command or (ROOT / command[1]).is_file()
         assert list(tmp_path.iterdir()) == []
