@@ -145,17 +145,17 @@ def test_saved_activations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_parity(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "option", "most"), [("llama", "all", 0.5), ("gpt", "regelu2", 0.8)])
+def test_training_parity(model: str, option: str, most: float, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for number, path in enumerate(sorted((ROOT / "megamem").rglob("*.py"))):
         (text / f"{number}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    results = run(
-        "training_parity", tmp_path / "out.json", "--text", str(text), "--contenders", "bf16/fp32/all"
-    )  # fmt: skip
+    which = ("--model", model, "--contenders", f"bf16/fp32/{option}")
+    results = run("training_parity", tmp_path / "out.json", "--text", str(text), *which)
     found = results["contenders"]
-    assert found["all"]["activation_bytes"] < 0.5 * found["bf16"]["activation_bytes"]
-    assert 0.0 < abs(found["all"]["difference"]) < 0.01
+    assert found[option]["activation_bytes"] < most * found["bf16"]["activation_bytes"]
+    assert 0.0 < abs(found[option]["difference"]) < 0.01
     assert "<polyline" in (tmp_path / "out.svg").read_text(encoding="utf-8")
 
 

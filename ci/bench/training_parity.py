@@ -1,10 +1,12 @@
 """Training with coded activations beside training in bf16: losses of the same job, on real text, with several seeds.
 
     python ci/bench/training_parity.py --out ci/bench/results/training_parity.cpu.json
+    python ci/bench/training_parity.py --model gpt --out ci/bench/results/training_parity_gpt.cpu.json
 
-Runs `examples/pretrain_gpt.py` once for each contender and seed: a small GPT (RMSNorm, SwiGLU, grouped queries, rotary
-positions) on the sources of Python's standard library. A seed decides weights and data, so runs of one seed differ in
-what their contender changes, and in what becomes of such a difference in 300 steps. The yardsticks: `fp32`, stock
+Runs `examples/pretrain_gpt.py` once for each contender and seed: a small GPT on the sources of Python's standard
+library. `--model llama` has RMSNorm, SwiGLU, grouped queries and rotary positions; `gpt` LayerNorm, GELU of 4 h, biases
+and learned positions, and `regelu2` among its contenders. A seed decides weights and data, so runs of one seed differ
+in what their contender changes, and in what becomes of such a difference in 300 steps. The yardsticks: `fp32`, stock
 Megatron without bf16, says what another precision changes; the spread of bf16 over seeds what chance changes.
 
 `curve` is the mean training loss of every ten steps. A picture of the curves is written beside the JSON file.
@@ -29,21 +31,32 @@ from curves import Panel, Series, render_curves
 
 BASELINE = "bf16"
 FP8 = "--megamem-fp8-saved-activations"
-CONTENDERS: dict[str, tuple[str, ...]] = {
+_EVERYWHERE: dict[str, tuple[str, ...]] = {
     BASELINE: ("--bf16",),
     "fp32": (),
     "rebuild": ("--bf16", FP8, "rebuild"),
     "mlp": ("--bf16", FP8, "mlp"),
-    "all": ("--bf16", FP8, "all"),
-    "all, int8": ("--bf16", FP8, "all", "--megamem-fp8-format", "int8"),
-    "all, e5m2": ("--bf16", FP8, "all", "--megamem-fp8-format", "e5m2"),
-    "all, powers of two": ("--bf16", FP8, "all", "--megamem-fp8-power-of-two-scales", "true"),
 }
-MODEL = (
-    "--num-layers=4", "--hidden-size=128", "--ffn-hidden-size=384", "--num-attention-heads=4",
-    "--group-query-attention", "--num-query-groups=2", "--swiglu", "--normalization=RMSNorm", "--disable-bias-linear",
-    "--seq-length=128", "--micro-batch-size=8", "--lr=2e-3", "--log-interval=100",
+CONTENDERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {
+        **_EVERYWHERE,
+        "all": ("--bf16", FP8, "all"),
+        "all, int8": ("--bf16", FP8, "all", "--megamem-fp8-format", "int8"),
+        "all, e5m2": ("--bf16", FP8, "all", "--megamem-fp8-format", "e5m2"),
+        "all, powers of two": ("--bf16", FP8, "all", "--megamem-fp8-power-of-two-scales", "true"),
+    },
+    "gpt": {**_EVERYWHERE, "regelu2": ("--bf16", FP8, "regelu2")},
+}
+"""By model, and flags by name."""
+_SIZES = (
+    "--num-layers=4", "--hidden-size=128", "--num-attention-heads=4", "--seq-length=128", "--micro-batch-size=8",
+    "--lr=2e-3", "--log-interval=100",
 )  # fmt: skip
+MODELS: dict[str, tuple[str, ...]] = {
+    "llama": (*_SIZES, "--ffn-hidden-size=384", "--group-query-attention", "--num-query-groups=2", "--swiglu",
+              "--normalization=RMSNorm", "--disable-bias-linear"),
+    "gpt": (*_SIZES, "--normalization=LayerNorm", "--position-embedding-type=learned_absolute"),
+}  # fmt: skip
 EVERY = 10  # steps of a point of the curves
 
 
@@ -57,7 +70,9 @@ def train(flags: tuple[str, ...], seed: int, args: argparse.Namespace, folder: P
     )  # fmt: skip
     data = ("--data-text", str(args.text), "--data-cache-path", str(folder / "data"), "--device", args.device)
     command = [sys.executable, "-W", "ignore", str(common.ROOT / "examples" / "pretrain_gpt.py")]
-    subprocess.run([*command, *MODEL, *data, *sizes, *flags, "--log-json", str(log)], check=True, cwd=common.ROOT)
+    subprocess.run(
+        [*command, *MODELS[args.model], *data, *sizes, *flags, "--log-json", str(log)], check=True, cwd=common.ROOT
+    )
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "run" in line and "loss" in line]
     summary = next(line for line in lines if "summary" in line)
@@ -76,18 +91,21 @@ def run(args: argparse.Namespace) -> common.Json:
         for seed in range(1, args.seeds + 1):
             for number, name in enumerate(runs, start=1):
                 print(f"seed {seed} of {args.seeds}, contender {number} of {len(runs)}: {name}", flush=True)
-                runs[name].append(train(CONTENDERS[name], seed, args, Path(folder)))
-    results: common.Json = {"every": EVERY, "contenders": {name: summarised(runs, name) for name in runs}}
+                runs[name].append(train(CONTENDERS[args.model][name], seed, args, Path(folder)))
+    results: common.Json = {
+        "every": EVERY,
+        "contenders": {name: summarised(runs, name, CONTENDERS[args.model][name]) for name in runs},
+    }
     results["targets"] = targets(results["contenders"])
     return results
 
 
-def summarised(runs: dict[str, list[common.Json]], name: str) -> common.Json:
+def summarised(runs: dict[str, list[common.Json]], name: str, flags: tuple[str, ...]) -> common.Json:
     """A contender's runs, and the differences of its validation losses from bf16's of the same seed."""
     found = runs[name]
     differences = [one["validation"] - other["validation"] for one, other in zip(found, runs[BASELINE], strict=True)]
     return {
-        "flags": " ".join(CONTENDERS[name]),
+        "flags": " ".join(flags),
         "validation": statistics.fmean(one["validation"] for one in found),
         "validation_spread": statistics.pstdev(one["validation"] for one in found),
         "difference": statistics.fmean(differences),
@@ -143,11 +161,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="cpu")
     parser.add_argument("--text", type=Path, help="a folder with text files (default: Python's standard library)")
+    parser.add_argument("--model", choices=tuple(MODELS), default="llama", help="default: %(default)s")
     parser.add_argument(
-        "--contenders", type=lambda text: text.split("/"), default=list(CONTENDERS), metavar="NAME/NAME",
-        help="bf16 and fp32, and any of the others (default: all)",
+        "--contenders", type=lambda text: text.split("/"), metavar="NAME/NAME",
+        help="bf16 and fp32, and any of the model's others (default: all)",
     )  # fmt: skip
     args = parser.parse_args()
+    args.contenders = args.contenders or list(CONTENDERS[args.model])
+    if unknown := set(args.contenders) - set(CONTENDERS[args.model]):
+        parser.error(f"--model {args.model} has {', '.join(CONTENDERS[args.model])}; not {', '.join(sorted(unknown))}")
+    if missing := {BASELINE, "fp32"} - set(args.contenders):
+        parser.error(f"what the others are compared with is left out: {', '.join(sorted(missing))}")
     args.text = args.text or Path(sysconfig.get_paths()["stdlib"])
     if args.quick:
         args.iterations, args.evaluations, args.seeds = 4, 1, 1
