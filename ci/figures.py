@@ -308,25 +308,27 @@ def _tiled(data: dict[str, Any]) -> list[str]:
 
 
 def _saved(data: dict[str, Any]) -> list[str]:
-    layers = data["results"]["layers"]
     lines = [
-        "**What `fp8.saved_activations` keeps, and what it does to gradients**: a layer of Llama 3 8B in bf16, bytes "
-        "that it holds between forward and backward in units of s x b x h elements; norm of the gradients' difference "
-        "from stock over their norm, of all parameters, of the input, and of the parameter where it is largest; time "
-        f"of a step over stock's, {layers['tokens']} tokens on a CPU, where the codes are made by PyTorch's operations "
-        "one after the other: no measure for a GPU. `rebuild` is off by the rounding of 16 bits "
-        f"(`python ci/bench/saved_activations.py`; {_where(data)}):",
-        "",
-        "| `fp8.saved_activations` | held | of stock | error, parameters | input | worst | time, CPU |",
-        "|---|---|---|---|---|---|---|",
+        "**What the memory-light options keep, and what they do to gradients**: layers in bf16, bytes that one holds "
+        "between forward and backward in units of s x b x h elements, and over stock's; of swap, what crosses the link "
+        "over plain swap's. Norm of the gradients' difference from stock over their norm, of all parameters, of the "
+        "input, and of the parameter where it is largest. Time of a step over stock's, of swap in FP8 over plain "
+        "swap's, on a CPU, where codes are made by PyTorch's operations one after the other and the processor makes "
+        "the copies: no measure for a GPU. Processor time, median and range. `rebuild` and tiles are off by the "
+        f"rounding of 16 bits (`python ci/bench/saved_activations.py`; {_where(data)}):",
     ]
-    for name, one in layers["contenders"].items():
-        error, time = one["error"], one["time_ratio"]
-        what = f"*{name}*" if name.startswith(("stock", "Megatron")) else name
-        lines.append(
-            f"| {what} | {one['units']:.2f} | {one['of_stock']:.3f} | {error['parameters']:.2%} | {error['input']:.2%} "
-            f"| {error['worst']:.2%} | {time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f}) |"
-        )
+    for kind, case in data["results"]["shapes"].items():
+        lines += [
+            "",
+            f"| {_LAYERS[kind]}, h = {case['hidden']}, {case['tokens']} tokens | held | of stock | moved, of swap "
+            "| error, parameters | input | worst | time, CPU |",
+            "|---" * 8 + "|",
+        ]
+        for name, one in case["contenders"].items():
+            what = f"*{name}*" if name.startswith(("stock", "Megatron")) or name == "swap" else name
+            held = f"{one['units']:.2f} | {one['of_stock']:.3f} |" if "units" in one else "| |"
+            moved = f"{one['link_ratio']:.3f}" if "link_ratio" in one else ""
+            lines.append(f"| {what} | {held} {moved} | {_wrong(one, 'parameters', 'input', 'worst')} | {_time(one)} |")
     rows = data["results"]["swiglu"]
     names = list(rows[0]["error"])
     lines += [
@@ -339,6 +341,18 @@ def _saved(data: dict[str, Any]) -> list[str]:
         "",
     ]
     return [*lines, *_verdicts(data)]
+
+
+_LAYERS = {"llama-3-8b": "Llama 3 8B", "llama": "Llama", "gpt": "GPT (LayerNorm, GELU, 4 h)"}
+
+
+def _wrong(one: dict[str, Any], *which: str) -> str:
+    return " | ".join(f"{one['error'][name]:.2%}" for name in which)
+
+
+def _time(one: dict[str, Any]) -> str:
+    time = one["time_ratio"]
+    return f"{time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f})"
 
 
 def _parity(data: dict[str, Any]) -> list[str]:
@@ -363,37 +377,37 @@ def _parity(data: dict[str, Any]) -> list[str]:
 
 
 def light() -> str:
-    """The options that leave layers less to hold, from the benchmarks that measured each of them."""
-    saved, swap, tiled = (_read(f"{name}.cpu.json") for name in ("saved_activations", "compressed_swap", "tiled_mlp"))
+    """The options that leave layers less to hold, side by side in one run."""
+    data = _read("saved_activations.cpu.json")
+    shapes = data["results"]["shapes"]
     lines = [
-        "A Llama layer: bytes that it holds between the passes, or that cross the link, over those of stock or of "
-        "plain swap; error of the parameters' gradients, relative, and of the worst parameter; a step's time over "
-        "stock's on a CPU, where codes are made by PyTorch's operations one after the other: no measure for a GPU.",
+        "Bytes that a layer holds between the passes, or that cross the link, over those of stock or of plain swap; "
+        "relative error of the gradients of all parameters, and of the worst; time of a step over stock's, with "
+        "compressed swap over plain swap's, median and range on a CPU, where codes are made by PyTorch's operations "
+        "one after the other and copies by the processor: no measure for a GPU "
+        f"(`python ci/bench/saved_activations.py`; {_where(data)}).",
         "",
-        "| option | bytes | error | worst | time, CPU | measured by `ci/bench/` |",
+        "| option | layer | bytes | error | worst | time, CPU |",
         "|---|---|---|---|---|---|",
     ]
-    for name in ("rebuild", "mlp", "all"):
-        one = saved["results"]["layers"]["contenders"][name]
-        error, time = one["error"], one["time_ratio"]
-        lines.append(
-            f"| `fp8.saved_activations: {name}` | {one['of_stock']:.3f} held | {error['parameters']:.2%} "
-            f"| {error['worst']:.2%} | {time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f}) "
-            "| `saved_activations.py` |"
-        )
-    one = swap["results"]["shapes"]["llama"]["contenders"]["compress: fp8"]
-    lines.append(
-        f"| `activations.compress: fp8` | {one['bytes_ratio']:.3f} moved | | {one['error']['worst_parameter']:.2%} "
-        "| not measured | `compressed_swap.py` |"
-    )
-    tiles = tiled["results"]["shapes"]["llama"]["off"]
-    held, flops = tiles["16 tiles"]["held_bytes"] / tiles["stock"]["held_bytes"], tiles["16 tiles"]["flops_ratio"]
-    lines.append(
-        f"| `mlp.tiles: 16` | {held:.3f} held | rounding of sums | | not measured; {flops:.2f} of the matrix products' "
-        "FLOPs | `tiled_mlp.py` |"
-    )
-    lines.append("| `fp8.saved_activations: regelu2` | not measured | | | not measured | |")
+    for kind, options in _LIGHT.items():
+        case = shapes[kind]
+        for name, option in options.items():
+            one = case["contenders"][name]
+            size = f"{one['link_ratio']:.3f} moved" if "link_ratio" in one else f"{one['of_stock']:.3f} held"
+            layer = f"{_LAYERS[kind].partition(' (')[0]}, {case['tokens']} tokens"
+            lines.append(f"| `{option}` | {layer} | {size} | {_wrong(one, 'parameters', 'worst')} | {_time(one)} |")
     return "\n".join(lines) + "\n"
+
+
+_FP8 = {name: f"fp8.saved_activations: {name}" for name in ("rebuild", "mlp", "all", "regelu2")}
+_LIGHT = {
+    "llama-3-8b": {name: _FP8[name] for name in ("rebuild", "mlp", "all")}
+    | {"swap in fp8": "activations.compress: fp8"},
+    "llama": {"16 tiles": "mlp.tiles: 16"},
+    "gpt": {name: _FP8[name] for name in ("rebuild", "mlp", "regelu2")},
+}
+"""Rows of the README's table: contenders by layer."""
 
 
 def _verdicts(data: dict[str, Any]) -> list[str]:
