@@ -385,7 +385,8 @@ def light() -> str:
         "relative error of the gradients of all parameters, and of the worst; time of a step over stock's, with "
         "compressed swap over plain swap's, median and range on a CPU, where codes are made by PyTorch's operations "
         "one after the other and copies by the processor: no measure for a GPU "
-        f"(`python ci/bench/saved_activations.py`; {_where(data)}).",
+        f"(`python ci/bench/saved_activations.py`; {_where(data)}). Of GPT the worst is the bias of a LayerNorm: "
+        "there it is stock that is off, for PyTorch sums it over the tokens in bf16 on a CPU.",
         "",
         "| option | layer | bytes | error | worst | time, CPU |",
         "|---|---|---|---|---|---|",
