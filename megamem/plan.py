@@ -18,6 +18,8 @@ from megamem.plan_profile import load_script_profile, machine_of, text_as_it_ran
 if TYPE_CHECKING:
     from megamem.config import Config
     from megamem.ir.job import Job
+    from megamem.ir.plan import MadeFor
+    from megamem.ir.what_if import WhatIf
     from megamem.planner.joint.layout import Wishes
     from megamem.planner.joint.search import Fixed
 
@@ -338,4 +340,27 @@ def _page(config: Config, arguments: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"megamem": config.settings()}
     text = yaml.safe_dump(settings, sort_keys=False, width=100)
     command = "megamem plan " + (f"--read {arguments.read}" if arguments.read else "")
-    _write(Path(arguments.html), render_page(PlanReport(plan=config.plan, settings=text, command=command.strip())))
+    report = PlanReport(
+        plan=config.plan, settings=text, command=command.strip(), what_if=_grid(config.plan.made_for, arguments)
+    )
+    _write(Path(arguments.html), render_page(report))
+
+
+def _grid(made_for: MadeFor, arguments: argparse.Namespace) -> WhatIf | None:
+    """What is planned at other sequence lengths and host memory; None for a plan whose GPUs are not known here."""
+    from megamem.planner.hardware import load_hardware
+    from megamem.planner.joint.what_if import what_if
+
+    try:
+        hardware = load_hardware(made_for.hardware)
+    except ConfigError as fault:
+        print(f"the page has no what-if: {fault}", file=sys.stderr)
+        return None
+    job = made_for.job
+    if not arguments.read:  # chunks that were not asked for are searched again
+        _, _, fixed = job_of(arguments)
+        job = replace(job, layout=replace(job.layout, chunks=fixed.chunks or 1))
+    progress = _progress()
+    found = what_if(job, hardware, _wishes(arguments, hardware.host_memory), progress=progress)
+    progress("")
+    return found

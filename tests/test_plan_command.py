@@ -13,6 +13,7 @@ from megamem.cli import main
 from megamem.config import load_config
 from megamem.ir.plan import MEMORY_KINDS, TIME_KINDS
 from megamem.planner.models import job_of_flags
+from megamem.report.charts import duration
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -192,6 +193,39 @@ def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     page = tmp_path / "plan.html"
     assert main([*LLAMA, "--html", str(page)]) == 0
     assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_the_sliders_of_a_page_say_what_a_plan_made_anew_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.html"
+    host = 96 << 30
+    layout = ("--tensor-model-parallel-size", "1", "--context-parallel-size", "8", "--micro-batch-size", "1")
+    asked = (*LLAMA, *layout, "--global-batch-size", "16")
+    made = plan(capsys, *asked, "--host-memory", "96GiB", "--html", str(path))
+    page = path.read_text(encoding="utf-8")
+    grid = json.loads(page.partition("id='what-if-data'>")[2].partition("</script>")[0])
+    assert [text.split()[0] for text in grid["seq_lengths"]] == ["65,536", "131,072", "262,144", "524,288", "1,048,576"]
+    assert grid["cells"][2][2]["step"] == duration(made["predicted"]["step_seconds"])
+    for row, length in ((0, "64k"), (1, "128k"), (2, "256k")):
+        for column, nbytes in ((1, host // 2), (3, host * 2)):
+            other = plan(capsys, *asked, "--seq-length", length, "--host-memory", f"{nbytes}B")
+            cell, predicted = grid["cells"][row][column], other["predicted"]
+            assert cell["fits"] and cell["step"] == duration(predicted["step_seconds"])
+            assert cell["rate"] == f"{predicted['tokens_per_second_per_gpu']:,.0f}"
+    cell = grid["cells"][4][3]
+    assert not cell["fits"] and "nothing fits" in cell["choice"]
+    assert "no layout of 8 GPUs fits" in refusal(capsys, *asked, "--seq-length", "1m", "--host-memory", f"{host * 2}B")
+
+
+def test_a_plan_that_is_read_has_its_sliders_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = tmp_path / "plan.yaml", tmp_path / "plan.html"
+    assert main([*LLAMA, "-o", str(path)]) == 0
+    assert main(["plan", "--read", str(path), "--html", str(page)]) == 0
+    assert "what-if-data" in page.read_text(encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("hardware: h100", "hardware: gone.json", 1))
+    assert main(["plan", "--read", str(path), "--html", str(page)]) == 0
+    assert "the page has no what-if" in capsys.readouterr().err
 
 
 def test_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

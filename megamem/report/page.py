@@ -223,8 +223,8 @@ def _what_if(what_if: WhatIf | None) -> Iterator[str]:
     i, j = what_if.at
     yield "<h2 id='what-if'>What if?</h2>"
     yield (
-        "<p>The same model on the same GPUs, planned anew for other sequence lengths and other amounts of host memory. "
-        "The number of sequences a step stays.</p>"
+        "<p>The same model in the same layout on the same GPUs, planned anew for other sequence lengths and other "
+        "amounts of host memory. The number of sequences a step stays.</p>"
     )
     yield _slider("sequence", "sequence length", len(lengths), i, lengths[i])
     yield _slider("host", "host memory", len(memories), j, memories[j])
