@@ -122,7 +122,7 @@ def test_saved_activations(tmp_path: Path) -> None:
         assert all(found[name]["engine_bytes"] == count for name, count in held.items()), kind
         assert held["stock"] > held["rebuild"] > held["mlp"] > held["all"] and held["all"] < 0.5 * held["stock"], kind
         wrong = {name: one["error"]["parameters"] for name, one in found.items()}
-        assert wrong["stock"] == wrong["swap"] == 0.0, kind
+        assert 0.0 < wrong["stock"] == wrong["swap"], kind  # of bf16; swap is bitwise equal
         assert wrong["rebuild"] < 0.01 < wrong["all"] < 0.05 and 0.01 < wrong["swap in fp8"] < 0.05, kind
         assert found["swap in fp8"]["link_ratio"] < 0.75 and found["swap in fp8"]["time_over"] == "swap", kind
         for one in found.values():

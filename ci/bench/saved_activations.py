@@ -13,8 +13,8 @@ training jobs run it, and with its own FP8 option (`activation_func_fp8_input_st
     bytes       that one layer holds between its forward and its backward pass, in units of s b h elements: by the
                 engine's count (everything kept), and by storages really alive, which must agree. Of swap, which holds
                 nothing once there are more than two layers (`retained_bytes.py`): `link_bytes` to host memory
-    error       of a gradient: norm of the difference from stock over its norm; of all parameters together, of the
-                input, of the parameter where it is largest
+    error       of a gradient: norm of the difference from that of the same layers in fp32, over its norm; of all
+                parameters together, of the input, of the parameter where it is largest. Stock's is that of bf16
     time        of a forward and a backward pass over stock's, in turns; of swap in FP8 over swap's (`time_over`), for
                 what the compression costs: on a CPU both make their copies themselves. Processor time, and codes are
                 made by PyTorch's operations, one after the other: says nothing of a GPU, where kernels do it in one
@@ -161,12 +161,33 @@ def gradients(stack: LayerStack, tokens: int, name: str) -> dict[str, Tensor]:
     """Of the input and of every parameter."""
     stack.clear_gradients()
     with switched_on(stack, name, counted=False):
-        found = {"input": step(stack, tokens)}
+        found = {"input": step(stack, tokens)} | named_gradients(stack)
+    stack.clear_gradients()
+    return found
+
+
+def exact_gradients(stack: LayerStack, tokens: int) -> dict[str, Tensor]:
+    """Of stock's layers in fp32, with the same weights and input: bf16's own errors would hide those of options."""
+    exact = LayerStack(stack.shape, len(stack.layers), torch.float32, fused=True)  # whose GELU is another
+    with torch.no_grad():
+        for ours, theirs in zip(exact.parameters(), stack.parameters(), strict=True):
+            ours.copy_(theirs)
+    leaf = stack.leaf(tokens).detach().float().requires_grad_()
+    hidden = leaf.clone()
+    for index in range(len(exact.layers)):
+        hidden = exact.call(index, hidden, tokens)
+    hidden.backward(stack.output_gradient(tokens).float())
+    assert leaf.grad is not None
+    return {"input": leaf.grad} | named_gradients(exact)
+
+
+def named_gradients(stack: LayerStack) -> dict[str, Tensor]:
+    """Of every parameter."""
+    found = {}
     for number, layer in enumerate(stack.layers):
         for key, parameter in layer.named_parameters():
             assert parameter.grad is not None
             found[f"{number}.{key}"] = parameter.grad
-    stack.clear_gradients()
     return found
 
 
@@ -204,7 +225,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> common.Json:
     shape, tokens = (case.toy, 32) if args.quick else (case.shape, case.tokens)
     stack = LayerStack(shape, 2, torch.bfloat16, fused=True)
     found: common.Json = {name: bytes_of_a_layer(stack, tokens, name) for name in case.contenders}
-    exact = gradients(stack, tokens, STOCK)
+    exact = exact_gradients(stack, tokens)
     for name in case.contenders:
         found[name]["error"] = errors(gradients(stack, tokens, name), exact)
     del exact
