@@ -311,11 +311,11 @@ def _saved(data: dict[str, Any]) -> list[str]:
     lines = [
         "**What the memory-light options keep, and what they do to gradients**: layers in bf16, bytes that one holds "
         "between forward and backward in units of s x b x h elements, and over stock's; of swap, what crosses the link "
-        "over plain swap's. Norm of the gradients' difference from stock over their norm, of all parameters, of the "
-        "input, and of the parameter where it is largest. Time of a step over stock's, of swap in FP8 over plain "
-        "swap's, on a CPU, where codes are made by PyTorch's operations one after the other and the processor makes "
-        "the copies: no measure for a GPU. Processor time, median and range. `rebuild` and tiles are off by the "
-        f"rounding of 16 bits (`python ci/bench/saved_activations.py`; {_where(data)}):",
+        "over plain swap's. Norm of the gradients' difference from those in fp32 over their norm, of all parameters, "
+        "of the input, and of the parameter where it is largest; stock's is that of bf16 itself. Time of a step over "
+        "stock's, of swap in FP8 over plain swap's, on a CPU, where codes are made by PyTorch's operations one after "
+        "the other and the processor makes the copies: no measure for a GPU. Processor time, median and range "
+        f"(`python ci/bench/saved_activations.py`; {_where(data)}):",
     ]
     for kind, case in data["results"]["shapes"].items():
         lines += [
@@ -382,11 +382,10 @@ def light() -> str:
     shapes = data["results"]["shapes"]
     lines = [
         "Bytes that a layer holds between the passes, or that cross the link, over those of stock or of plain swap; "
-        "relative error of the gradients of all parameters, and of the worst; time of a step over stock's, with "
-        "compressed swap over plain swap's, median and range on a CPU, where codes are made by PyTorch's operations "
-        "one after the other and copies by the processor: no measure for a GPU "
-        f"(`python ci/bench/saved_activations.py`; {_where(data)}). Of GPT the worst is the bias of a LayerNorm: "
-        "there it is stock that is off, for PyTorch sums it over the tokens in bf16 on a CPU.",
+        "relative error of the gradients of all parameters, and of the worst, against fp32; time of a step over "
+        "stock's, with compressed swap over plain swap's, median and range on a CPU, where codes are made by PyTorch's "
+        "operations one after the other and copies by the processor: no measure for a GPU "
+        f"(`python ci/bench/saved_activations.py`; {_where(data)}).",
         "",
         "| option | layer | bytes | error | worst | time, CPU |",
         "|---|---|---|---|---|---|",
@@ -397,16 +396,17 @@ def light() -> str:
             one = case["contenders"][name]
             size = f"{one['link_ratio']:.3f} moved" if "link_ratio" in one else f"{one['of_stock']:.3f} held"
             layer = f"{_LAYERS[kind].partition(' (')[0]}, {case['tokens']} tokens"
-            lines.append(f"| `{option}` | {layer} | {size} | {_wrong(one, 'parameters', 'worst')} | {_time(one)} |")
+            what = f"`{option}`" if option else "*stock, bf16*"
+            lines.append(f"| {what} | {layer} | {size} | {_wrong(one, 'parameters', 'worst')} | {_time(one)} |")
     return "\n".join(lines) + "\n"
 
 
-_FP8 = {name: f"fp8.saved_activations: {name}" for name in ("rebuild", "mlp", "all", "regelu2")}
+_FP8 = {"stock": ""} | {name: f"fp8.saved_activations: {name}" for name in ("rebuild", "mlp", "all", "regelu2")}
 _LIGHT = {
-    "llama-3-8b": {name: _FP8[name] for name in ("rebuild", "mlp", "all")}
+    "llama-3-8b": {name: _FP8[name] for name in ("stock", "rebuild", "mlp", "all")}
     | {"swap in fp8": "activations.compress: fp8"},
-    "llama": {"16 tiles": "mlp.tiles: 16"},
-    "gpt": {name: _FP8[name] for name in ("rebuild", "mlp", "regelu2")},
+    "llama": {"stock": "", "16 tiles": "mlp.tiles: 16"},
+    "gpt": {name: _FP8[name] for name in ("stock", "rebuild", "mlp", "regelu2")},
 }
 """Rows of the README's table: contenders by layer."""
 
