@@ -398,6 +398,12 @@ def light() -> str:
             layer = f"{_LAYERS[kind].partition(' (')[0]}, {case['tokens']} tokens"
             what = f"`{option}`" if option else "*stock, bf16*"
             lines.append(f"| {what} | {layer} | {size} | {_wrong(one, 'parameters', 'worst')} | {_time(one)} |")
+    worst = shapes["gpt"]["contenders"]["stock"]["error"]
+    lines += [
+        "",
+        f"Stock's {worst['worst']:.0%} is `{worst['worst_name']}`: PyTorch's LayerNorm on a CPU sums the gradient of "
+        "its parameters over the tokens in bf16. `rebuild` and `mlp` sum it in fp32.",
+    ]
     return "\n".join(lines) + "\n"
 
 
