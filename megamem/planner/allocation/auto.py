@@ -28,7 +28,7 @@ class AutoSolver(Solver):
         order = greedy.try_portfolio(task)
         is_large = len(worst_part(task)) > MAX_BUFFERS
         if is_large and not task.is_done:
-            BilevelSolver().improve(task)
+            BilevelSolver(goes_on=False).improve(task)
         if not task.is_done and len(worst_part(task)) > _SMALL:
             greedy.turn_wheel(task, order, turns_without_gain=_TURNS if is_large else 30)
         while not task.is_done and len(part := worst_part(task)) <= MAX_BUFFERS:

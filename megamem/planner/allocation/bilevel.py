@@ -6,7 +6,8 @@ plus that within the pass.
 
 A block holds its peak for its whole life, which costs up to 9 % of the peak under full recomputation (measured on
 Megatron traces). So the result is refined: first fit by rising offset, which lowers buffers and raises none, then first
-fit with whole passes in the order of their blocks, then by size. The best of them is kept.
+fit with whole passes in the order of their blocks, then by size. Where a gap is left the flat greedy solver goes on from
+there: where a pipeline's chunks and an engine that swaps interleave, that is most of what can be had. The best is kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megamem.planner.allocation.solver import Outcome, Solver, Task
 
 _LEVEL_ONE_SECONDS = 2.0  # per distinct pass, which is a problem of some dozens of buffers
 _EXACT_BUFFERS = 400
+_TURNS = 400  # of the flat solver's wheel without a gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,16 @@ class Decomposition:
 
 
 class BilevelSolver(Solver):
-    """`level_one` solves the passes; by default greedily and, where that misses the lower bound, exactly."""
+    """`level_one` solves the passes; by default greedily and, where that misses the lower bound, exactly.
+
+    goes_on: with the flat greedy solver, where a gap is left
+    """
 
     name: ClassVar[str] = "bilevel"
     summary: ClassVar[str] = "MEMO: each layer pass once, one block per pass, refined by flat passes"
 
-    def __init__(self, level_one: Solver | None = None) -> None:
-        self.level_one = level_one
+    def __init__(self, level_one: Solver | None = None, *, goes_on: bool = True) -> None:
+        self.level_one, self.goes_on = level_one, goes_on
 
     def improve(self, task: Task) -> None:
         parts = decompose(task, self.level_one)
@@ -69,7 +74,7 @@ class BilevelSolver(Solver):
         self._refine(task, parts, bases, whole)
 
     def _refine(self, task: Task, parts: Decomposition, bases: Sequence[int], whole: Sequence[int]) -> None:
-        """Flat first fit: by offset, by block, and by size."""
+        """Flat first fit: by offset, by block, and by size; then every order that the flat greedy solver has."""
         sweep = task.sweep
         block = list(whole)
         for part, base in zip(parts.passes, bases, strict=False):
@@ -85,6 +90,8 @@ class BilevelSolver(Solver):
                 return
             task.doing = f"refining by {name}"
             task.offer(task.core.first_fit(sweep, order, watch=task.watch), f"bi-level (refined by {name})")
+        if self.goes_on and not task.is_done:
+            greedy.turn_wheel(task, greedy.try_portfolio(task), turns_without_gain=_TURNS)
 
 
 def decompose(task: Task, level_one: Solver | None = None) -> Decomposition:
