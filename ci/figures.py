@@ -12,7 +12,7 @@ RESULTS = Path(__file__).resolve().parent / "bench" / "results"
 
 def quickstart() -> str:
     """What the quickstart prints at its end, shortened, from the record of one run of it."""
-    results = _read("quickstart.cpu.json")["results"]
+    results = read("quickstart.cpu.json")["results"]
     pairs = list(zip(*(results["runs"][name]["iterations"] for name in ("stock", "megamem")), strict=True))
     lines = ["```text", "iteration |   stock loss | megamem loss | difference"]
     for stock, ours in (*pairs[:2], pairs[-1]):
@@ -34,38 +34,14 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def allocator() -> str:
-    """What jobs on a CPU rank say of their memory plan."""
-    data = _read("arena.cpu.json")
-    size, core = data["results"]["jobs"]["size"], data["results"]["core"]["ns_per_pair"]
-    lines = [
-        f"A GPT of Megatron-Core ({size['layers']} layers, h = {size['hidden']}, s = {size['sequence']}, four "
-        "microbatches) on one CPU rank, where host memory stands in for a device's (`python ci/bench/arena.py`; "
-        f"{_where(data)}). Requests below 1 KiB are left out; step is processor time over that without the arena.",
-        "",
-        "| | planned peak | above the bound | served, of the bytes | of the requests | fallbacks | step | losses |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, job in data["results"]["jobs"]["jobs"].items():
-        ratio, above = job["step_ratio"], job["planned_peak_bytes"] / job["lower_bound_bytes"] - 1
-        lines.append(
-            f"| {name} | {job['planned_peak_bytes'] / 2**20:.1f} MiB | {100 * above:.2f} % "
-            f"| {100 * job['served_bytes_share']:.2f} % | {100 * job['served_share']:.1f} % | {job['fallbacks']} "
-            f"| {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) "
-            f"| {'bitwise equal' if job['losses_equal'] else '**different**'} |"
-        )
-    spread = ", ".join(f"{found['median']:.0f} ns with {live} live blocks" for live, found in core.items())
-    return "\n".join([*lines, "", f"* a malloc/free pair in the core: {spread}", *_verdicts(data)]) + "\n"
-
-
 def vocabulary() -> str:
     """Memory of the output layer with its loss."""
-    memory = _read("vocabulary_memory.cpu.json")
+    memory = read("vocabulary_memory.cpu.json")
     shape = memory["results"]
     lines = [
         f"Memory of the output layer with its loss, forward and backward, beside hidden states, weight and main_grad: "
         f"{shape['tokens']} tokens, h = {shape['hidden']}, V = {shape['vocabulary']}, bf16; every operator traced "
-        f"(`python ci/bench/vocabulary_memory.py`; {_where(memory)}).",
+        f"(`python ci/bench/vocabulary_memory.py`; {where(memory)}).",
         "",
         "| | most at once | kept from forward to backward | largest tensor / (tokens x vocabulary) |",
         "|---|---|---|---|",
@@ -77,7 +53,7 @@ def vocabulary() -> str:
             f"| {_OUTPUT_LAYERS.get(name, name)} | {row['peak_bytes'] / 2**20:,.0f} MiB "
             f"| {row['kept_bytes'] / 2**20:,.1f} MiB | {row['largest']:.2f} |"
         )
-    return "\n".join([*lines, "", *_verdicts(memory)]) + "\n"
+    return "\n".join([*lines, "", *verdicts(memory)]) + "\n"
 
 
 _OUTPUT_LAYERS = {
@@ -110,14 +86,14 @@ def _speeds(data: dict[str, Any]) -> list[str]:
         )
         name = f"{key[0]} | `{key[1]}` | {key[2]}"
         lines += [f"| {name} | output layer on the last stage | {stock} |", f"| | | | parallel | {ours} |"]
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
 def _output_layer(data: dict[str, Any]) -> list[str]:
     lines = [
         "**What the loss without logits costs on a CPU**: output layer and mean loss, forward and backward, fp32. "
         "Processor time over that of Megatron-Core in the same run, and the most memory at once, gradients included "
-        f"(`python ci/bench/linear_cross_entropy.py`; {_where(data)}; on a GPU, Liger and CCE take part too). "
+        f"(`python ci/bench/linear_cross_entropy.py`; {where(data)}; on a GPU, Liger and CCE take part too). "
         "It multiplies four times, Megatron three times:",
         "",
     ]
@@ -135,24 +111,24 @@ def _output_layer(data: dict[str, Any]) -> list[str]:
             for of_cell in ran
         ]
         lines.append(f"| {name} | {' | '.join(row)} |")
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
 def figures() -> str:
     """The tables of what was measured on the CPU."""
     parts = (
-        _retained(_read("retained_bytes.cpu.json")),
-        _bookkeeping(_read("bookkeeping.cpu.json")),
-        _compressed(_read("compressed_swap.cpu.json")),
-        _tiled(_read("tiled_mlp.cpu.json")),
-        _saved(_read("saved_activations.cpu.json")),
-        _parity(_read("training_parity.cpu.json")),
-        _output_layer(_read("linear_cross_entropy.cpu.json")),
-        _speeds(_read("vocabulary_schedules.cpu.json")),
-        _published(_read("schedules.cpu.json")),
-        _searched(_read("schedule_search.cpu.json")),
-        _loop(_read("pipeline_loop.cpu.json")),
-        _planner(_read("planner.cpu.json")),
+        _retained(read("retained_bytes.cpu.json")),
+        _bookkeeping(read("bookkeeping.cpu.json")),
+        _compressed(read("compressed_swap.cpu.json")),
+        _tiled(read("tiled_mlp.cpu.json")),
+        _saved(read("saved_activations.cpu.json")),
+        _parity(read("training_parity.cpu.json")),
+        _output_layer(read("linear_cross_entropy.cpu.json")),
+        _speeds(read("vocabulary_schedules.cpu.json")),
+        _published(read("schedules.cpu.json")),
+        _searched(read("schedule_search.cpu.json")),
+        _loop(read("pipeline_loop.cpu.json")),
+        _planner(read("planner.cpu.json")),
     )
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
@@ -162,7 +138,7 @@ def _planner(data: dict[str, Any]) -> list[str]:
     results = data["results"]
     lines = [
         "**What `megamem plan` predicts, beside what is published**, from the hardware table alone; nothing is fitted "
-        f"(`python ci/bench/planner.py`; {_where(data)}):",
+        f"(`python ci/bench/planner.py`; {where(data)}):",
         "",
         "| | source | published | predicted | off by | asked for |",
         "|---|---|---|---|---|---|",
@@ -187,27 +163,27 @@ def _planner(data: dict[str, Any]) -> list[str]:
     for row in results["estimators"]:
         mine, megatron, deepspeed, accelerate = row["ours"], row["megatron"], row["deepspeed"], row["accelerate"]
         theirs = (
-            [_gib(megatron["states"]), _gib(megatron["activations"])] if isinstance(megatron, dict) else [megatron, ""]
+            [gib(megatron["states"]), gib(megatron["activations"])] if isinstance(megatron, dict) else [megatron, ""]
         )
-        whole = _gib(accelerate["step"]) if isinstance(accelerate, dict) else accelerate
+        whole = gib(accelerate["step"]) if isinstance(accelerate, dict) else accelerate
         lines.append(
-            f"| {row['model']} | {row['parameters']['ours'] / 1e9:.2f} B | {_gib(mine['states'])} "
-            f"| {_gib(mine['activations'])} | {theirs[0]} | {theirs[1]} "
-            f"| {_gib(deepspeed['zero2'])} / {_gib(deepspeed['zero3'])} | {whole} |"
+            f"| {row['model']} | {row['parameters']['ours'] / 1e9:.2f} B | {gib(mine['states'])} "
+            f"| {gib(mine['activations'])} | {theirs[0]} | {theirs[1]} "
+            f"| {gib(deepspeed['zero2'])} / {gib(deepspeed['zero3'])} | {whole} |"
         )
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
-def _gib(nbytes: float) -> str:
+def gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:,.1f}"
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return data
 
 
-def _where(data: dict[str, Any]) -> str:
+def where(data: dict[str, Any]) -> str:
     machine, versions = data["machine"], data["versions"]
     return (
         f"{machine['cores']} cores of {machine['cpu']}, torch {versions['torch']}, megatron-core "
@@ -219,7 +195,7 @@ def _retained(data: dict[str, Any]) -> list[str]:
     lines = [
         "**What one layer holds between its forward and its backward pass**, in units of s x b x h elements (bf16), "
         "counted by the engine and by an independent count of live storages, which agree to the byte "
-        f"(`python ci/bench/retained_bytes.py`; {_where(data)}):",
+        f"(`python ci/bench/retained_bytes.py`; {where(data)}):",
         "",
         "| | MEMO's layer (GPT, GELU 4h): device | host | Llama layer (GQA, SwiGLU): device | host |",
         "|---|---|---|---|---|",
@@ -237,7 +213,7 @@ def _bookkeeping(data: dict[str, Any]) -> list[str]:
     ratio, added = steps["ratio"], layers["added_microseconds"]
     lines = [
         "**What the engine costs the processor** "
-        f"(`python ci/bench/bookkeeping.py`; {_where(data)}; median, with the range over the repetitions):",
+        f"(`python ci/bench/bookkeeping.py`; {where(data)}; median, with the range over the repetitions):",
         "",
         "| | |",
         "|---|---|",
@@ -255,7 +231,7 @@ def _bookkeeping(data: dict[str, Any]) -> list[str]:
             f"| microseconds added to a layer, forward and backward: {what} | {total['median']:.0f} "
             f"({total['min']:.0f} to {total['max']:.0f}) |"
         )
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
 def _compressed(data: dict[str, Any]) -> list[str]:
@@ -264,7 +240,7 @@ def _compressed(data: dict[str, Any]) -> list[str]:
         "**What swap in FP8 moves, and what it does to gradients**: bytes over those of plain swap, which is bitwise "
         "equal to stock Megatron; relative error of the gradient of the input of "
         f"{data['results']['layers']} layers, and of the parameter where it is largest "
-        f"(`python ci/bench/compressed_swap.py`; bf16, {_where(data)}):",
+        f"(`python ci/bench/compressed_swap.py`; bf16, {where(data)}):",
         "",
         "| compressed | MEMO's layer: bytes | error, input | error, worst | Llama layer: bytes | error, input "
         "| error, worst |",
@@ -281,7 +257,7 @@ def _compressed(data: dict[str, Any]) -> list[str]:
         f"| {case['bf16 itself']['input']:.2%} | {case['bf16 itself']['worst_parameter']:.2%}" for case in (memo, llama)
     ]
     lines.append(f"| *bf16 itself, against fp32* | {' | '.join(cells)} |")
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
 def _tiled(data: dict[str, Any]) -> list[str]:
@@ -291,7 +267,7 @@ def _tiled(data: dict[str, Any]) -> list[str]:
         "**What the MLP in tiles saves**, in units of s x b x h elements: what a layer holds between the passes, and "
         "the most that is in device memory besides in each pass; FLOPs of matrix products over stock's. Chunks are "
         "Megatron-Core's `mlp_chunks_for_training`; recomputed, those of the Mini-Sequence Transformer and ALST "
-        f"(`python ci/bench/tiled_mlp.py`; {_where(data)}):",
+        f"(`python ci/bench/tiled_mlp.py`; {where(data)}):",
         "",
         "| policy: MLP | MEMO's layer: " + " | ".join(columns) + " | Llama layer: " + " | ".join(columns) + " |",
         "|---" * 9 + "|",
@@ -304,7 +280,7 @@ def _tiled(data: dict[str, Any]) -> list[str]:
                 for found in (memo[policy][name], llama[policy][name])
             ]
             lines.append(f"| {policy}: {name} | {' | '.join(cells)} |")
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
 def _saved(data: dict[str, Any]) -> list[str]:
@@ -315,7 +291,7 @@ def _saved(data: dict[str, Any]) -> list[str]:
         "of the input, and of the parameter where it is largest; stock's is that of bf16 itself. Time of a step over "
         "stock's, of swap in FP8 over plain swap's, on a CPU, where codes are made by PyTorch's operations one after "
         "the other and the processor makes the copies: no measure for a GPU. Processor time, median and range "
-        f"(`python ci/bench/saved_activations.py`; {_where(data)}):",
+        f"(`python ci/bench/saved_activations.py`; {where(data)}):",
     ]
     for kind, case in data["results"]["shapes"].items():
         lines += [
@@ -340,7 +316,7 @@ def _saved(data: dict[str, Any]) -> list[str]:
         *(f"| {name} | {' | '.join(format(row['error'][name], '.1%') for row in rows)} |" for name in names),
         "",
     ]
-    return [*lines, *_verdicts(data)]
+    return [*lines, *verdicts(data)]
 
 
 _LAYERS = {"llama-3-8b": "Llama 3 8B", "llama": "Llama", "gpt": "GPT (LayerNorm, GELU, 4 h)"}
@@ -361,7 +337,7 @@ def _parity(data: dict[str, Any]) -> list[str]:
         f"**What {given['iterations']} steps of training make of it**: a small GPT (4 layers, h = 128) on the sources "
         f"of Python's standard library, {given['seeds']} seeds; validation loss, its mean difference from bf16 of the "
         "same seed, and its standard deviation over seeds "
-        f"(`python ci/bench/training_parity.py`; {_where(data)}):",
+        f"(`python ci/bench/training_parity.py`; {where(data)}):",
         "",
         "![Losses](results/training_parity.cpu.svg)",
         "",
@@ -373,19 +349,19 @@ def _parity(data: dict[str, Any]) -> list[str]:
             f"| {f'*stock, {name}*' if name in ('bf16', 'fp32') else name} | {one['validation']:.4f} "
             f"| {one['difference']:+.4f} | {one['validation_spread']:.4f} |"
         )
-    return [*lines, "", *_verdicts(data)]
+    return [*lines, "", *verdicts(data)]
 
 
 def light() -> str:
     """The options that leave layers less to hold, side by side in one run."""
-    data = _read("saved_activations.cpu.json")
+    data = read("saved_activations.cpu.json")
     shapes = data["results"]["shapes"]
     lines = [
         "Bytes that a layer holds between the passes, or that cross the link, over those of stock or of plain swap; "
         "relative error of the gradients of all parameters, and of the worst, against fp32; time of a step over "
         "stock's, with compressed swap over plain swap's, median and range on a CPU, where codes are made by PyTorch's "
         "operations one after the other and copies by the processor: no measure for a GPU "
-        f"(`python ci/bench/saved_activations.py`; {_where(data)}).",
+        f"(`python ci/bench/saved_activations.py`; {where(data)}).",
         "",
         "| option | layer | bytes | error | worst | time, CPU |",
         "|---|---|---|---|---|---|",
@@ -417,7 +393,7 @@ _LIGHT = {
 """Rows of the README's table: contenders by layer."""
 
 
-def _verdicts(data: dict[str, Any]) -> list[str]:
+def verdicts(data: dict[str, Any]) -> list[str]:
     lines = []
     for one in data["results"]["targets"]:
         where = one.get("exceptions") or {}
@@ -432,9 +408,9 @@ def _verdicts(data: dict[str, Any]) -> list[str]:
 def _published(data: dict[str, Any]) -> list[str]:
     return [
         "**What the simulator says of published schedules** (`python ci/bench/schedules.py`; exact, but for the times; "
-        f"{_where(data)}):",
+        f"{where(data)}):",
         "",
-        *_verdicts(data),
+        *verdicts(data),
     ]
 
 
@@ -442,7 +418,7 @@ def _searched(data: dict[str, Any]) -> list[str]:
     results = data["results"]
     lines = [
         "**What `auto` finds at the memory of V-Half**: its step time over V-Half's, at several numbers of microbatches"
-        f" and seven sets of costs (`python ci/bench/schedule_search.py`; simulated; {_where(data)}):",
+        f" and seven sets of costs (`python ci/bench/schedule_search.py`; simulated; {where(data)}):",
         "",
         "| pipeline ranks | cells | median | best | worst |",
         "|---|---|---|---|---|",
@@ -459,7 +435,7 @@ def _searched(data: dict[str, Any]) -> list[str]:
         f"{counts['worse']} not reached",
         f"* p = {large['p']}, m = {large['m']}: {large['cpu_seconds']:.1f} s of processor time, within "
         f"{100 * large['above_bound']:.1f} % of the lower bound",
-        *_verdicts(data),
+        *verdicts(data),
     ]
     return lines
 
@@ -467,7 +443,7 @@ def _searched(data: dict[str, Any]) -> list[str]:
 def _loop(data: dict[str, Any]) -> list[str]:
     lines = [
         "**What our loop costs** in place of Megatron's own function, for the same order, two CPU ranks "
-        f"(`python ci/bench/pipeline_loop.py`; {_where(data)}; median with quartiles):",
+        f"(`python ci/bench/pipeline_loop.py`; {where(data)}; median with quartiles):",
         "",
         "| | step time, ours / Megatron's | processor time |",
         "|---|---|---|",

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import figures
+import figures_allocator
 
 from megamem.cli import main as main_of_megamem
 from megamem.config import SCHEDULES, options_table
@@ -125,7 +126,8 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "quickstart": figures.quickstart,
         "light": figures.light,
         "vocabulary": figures.vocabulary,
-        "allocator": figures.allocator,
+        "allocator": figures_allocator.allocator,
+        "solvers": figures_allocator.solvers,
     },
     "examples/OPTIONS.md": {"options": options_table},
     "examples/schedules/README.md": {"schedules": schedules},
