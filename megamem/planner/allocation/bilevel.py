@@ -6,8 +6,8 @@ plus that within the pass.
 
 A block holds its peak for its whole life, which costs up to 9 % of the peak under full recomputation (measured on
 Megatron traces). So the result is refined: first fit by rising offset, which lowers buffers and raises none, then first
-fit with whole passes in the order of their blocks, then by size. Where a gap is left the flat greedy solver goes on from
-there: where a pipeline's chunks and an engine that swaps interleave, that is most of what can be had. The best is kept.
+fit with whole passes in the order of their blocks, then by size. Where a gap is left the flat greedy solver goes on
+from there: where a pipeline's chunks and an engine that swaps interleave, that is most of it. The best is kept.
 """
 
 from __future__ import annotations
