@@ -122,7 +122,7 @@ def figures() -> str:
         _compressed(read("compressed_swap.cpu.json")),
         _tiled(read("tiled_mlp.cpu.json")),
         _saved(read("saved_activations.cpu.json")),
-        _parity(read("training_parity.cpu.json")),
+        _parity(read("training_parity.cpu.json"), "training_parity.cpu.svg", "RMSNorm, SwiGLU"),
         _output_layer(read("linear_cross_entropy.cpu.json")),
         _speeds(read("vocabulary_schedules.cpu.json")),
         _published(read("schedules.cpu.json")),
@@ -331,15 +331,15 @@ def _time(one: dict[str, Any]) -> str:
     return f"{time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f})"
 
 
-def _parity(data: dict[str, Any]) -> list[str]:
+def _parity(data: dict[str, Any], picture: str, kind: str, flags: str = "") -> list[str]:
     found, given = data["results"]["contenders"], data["arguments"]
     lines = [
-        f"**What {given['iterations']} steps of training make of it**: a small GPT (4 layers, h = 128) on the sources "
-        f"of Python's standard library, {given['seeds']} seeds; validation loss, its mean difference from bf16 of the "
-        "same seed, and its standard deviation over seeds "
-        f"(`python ci/bench/training_parity.py`; {where(data)}):",
+        f"**What {given['iterations']} steps of training make of it**: a small GPT ({kind}; 4 layers, h = 128) on the "
+        f"sources of Python's standard library, {given['seeds']} seeds; validation loss, its mean difference from bf16 "
+        "of the same seed, and its standard deviation over seeds "
+        f"(`python ci/bench/training_parity.py{flags}`; {where(data)}):",
         "",
-        "![Losses](results/training_parity.cpu.svg)",
+        f"![Losses](results/{picture})",
         "",
         "| | validation loss | against bf16 | over seeds |",
         "|---|---|---|---|",
