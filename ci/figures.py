@@ -123,6 +123,12 @@ def figures() -> str:
         _tiled(read("tiled_mlp.cpu.json")),
         _saved(read("saved_activations.cpu.json")),
         _parity(read("training_parity.cpu.json"), "training_parity.cpu.svg", "RMSNorm, SwiGLU"),
+        _parity(
+            read("training_parity_gpt.cpu.json"),
+            "training_parity_gpt.cpu.svg",
+            "LayerNorm, GELU",
+            " --model gpt --contenders bf16/fp32/regelu2",
+        ),
         _output_layer(read("linear_cross_entropy.cpu.json")),
         _speeds(read("vocabulary_schedules.cpu.json")),
         _published(read("schedules.cpu.json")),
