@@ -104,6 +104,13 @@ class TestAScriptThatKnowsNothing:
         assert [len(one.step_seconds) for one in profile.measured] == [1, 1]
         assert "hardware" not in content_of(folder)
 
+    def test_with_a_schedule_whose_layers_are_counted_apart(self, dist: Dist, folder: str) -> None:
+        (status, first, err), _ = dist(2)(profiled, folder, "--no-hardware", "9 --megamem-schedule-name zb-h1")
+        assert (status, err) == (0, "") and "bubble" in first
+        profile = parse_script_profile(content_of(folder))
+        assert profile is not None and json.loads(profile.settings) == {"schedule": {"name": "zb-h1"}}
+        assert profile.measured[0].activations > profile.measured[1].activations > 0
+
     def test_with_megamem_switched_on_by_itself(self, dist: Dist, folder: str) -> None:
         (status, _, err), _ = dist(2)(profiled, folder, "--no-hardware", "9 itself")
         assert (status, err) == (0, "")

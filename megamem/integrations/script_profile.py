@@ -147,10 +147,8 @@ class ProfileDoor(Door):
 
     def on_groups(self) -> None:
         super().on_groups()
-        if self.handle is None and self._stock is None:
+        if self._theirs is None and self._stock is None:  # nothing is on: what is switched on comes by `adopt`
             self._watch_stock()
-        elif self.handle is not None:
-            self.adopt(self.handle)
 
     def known_meter(self) -> Meter | None:
         return self.watch.meter
