@@ -18,6 +18,9 @@
 # done, for the caller's closing line.
 
 VENV=${VENV:-.venv}
+# For pytest. A file's tests stay in one process: they share whole training runs. Many have ranks of their own: more
+# processes than four only get in each other's way.
+WORKERS=(-n auto --maxprocesses 4 --dist loadfile)
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { printf '[%3ds] %s\n' "$SECONDS" "$*"; }

@@ -39,7 +39,7 @@ def solvers() -> str:
     lines = [
         f"MiniMalloc's {len(published['instances'])} challenging instances, each into {published['capacity']:,} bytes, "
         f"whole processes in turns: megamem {ours['cpu_seconds']:.1f} s of processor time ({ours['seconds']:.0f} s by "
-        f"the clock of a busy machine, {slowest:.1f} s at most for one), MiniMalloc {theirs['cpu_seconds']:.1f} s "
+        f"the clock, {slowest:.1f} s at most for one), MiniMalloc {theirs['cpu_seconds']:.1f} s "
         f"({theirs['seconds']:.0f} s); all solved by both. One iteration of Megatron models, beside what PyTorch's "
         "caching allocator reserves for it (simulated):",
         "",

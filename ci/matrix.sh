@@ -172,7 +172,8 @@ run_tests() { # NAME VERSION MINOR SOURCES
     local log=$LOGS/$1.log start=$SECONDS torch
     torch=$("$PY" -c 'from importlib.metadata import version; print(version("torch"))')
     # Megatron-LM's Makefile asks python3 for the flags of its helpers.
-    if MEGATRON_LM=$4 PATH=${PY%/*}:$PATH "$PY" -m pytest -q -m "$MARKS" "${ARGUMENTS[@]}" </dev/null 2>&1 | tee "$log"; then
+    if MEGATRON_LM=$4 PATH=${PY%/*}:$PATH "$PY" -m pytest -q -m "$MARKS" "${WORKERS[@]}" "${ARGUMENTS[@]}" </dev/null 2>&1 |
+        tee "$log"; then
         row "$2" "3.$3" "$torch" "passed: $(closing_line "$log"), $((SECONDS - start)) s in all"
     else
         row "$2" "3.$3" "$torch" "FAILED: $(closing_line "$log"), see ${log#"$PWD"/}"

@@ -52,9 +52,6 @@ say "checking format, lint, size and types"
 PY=$PY ci/check.sh || FAILED="the checks above"
 
 STEP="testing"
-# A file's tests stay in one process: they share whole training runs. Many have ranks of their own: more processes than
-# four only get in each other's way.
-WORKERS=(-n auto --maxprocesses 4 --dist loadfile)
 say "testing ($MARKS)"
 # </dev/null: no test may wait for someone to type.
 "$PY" -m pytest -m "$MARKS" "${WORKERS[@]}" "$@" </dev/null || FAILED="${FAILED:+$FAILED, and }the tests above"

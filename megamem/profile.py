@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamem.errors import ConfigError, MissingPackage
-from megamem.profile_script import add_script_flags, profile_script
+from megamem.profile_script import add_script_flags, profile_script, write_json
 
 if TYPE_CHECKING:
     from megamem.ir.allocation_trace import AllocationTrace
@@ -152,7 +151,7 @@ def run_profile(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(file=sys.stderr)
         content = workload.to_dict()
-        _write_json(arguments.output, content)
+        write_json(arguments.output, content)
         print(_table(content))
     return 0
 
@@ -169,15 +168,9 @@ def _measure_hardware(arguments: argparse.Namespace) -> int:
         raise MissingPackage(f'megamem profile needs {fault.name}; pip install "megamem[train]"') from fault
     content = measure_here(arguments)
     if content is not None:
-        _write_json(arguments.output, content)
+        write_json(arguments.output, content)
         print(_rates_table(content))
     return 0
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _rates_table(content: dict[str, Any]) -> str:

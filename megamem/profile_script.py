@@ -52,7 +52,7 @@ def profile_script(options: argparse.Namespace) -> int:
             raise
         return 2  # all ranks see the same; one of them says so
     if is_main:
-        _write(options.output, {**(content or _machine(options)), **profile.to_dict()})
+        write_json(options.output, {**(content or _machine(options)), **profile.to_dict()})
         print(
             f"\n{text_of_profile(profile)}\nwritten to {options.output}; megamem plan --from-profile {options.output}"
         )
@@ -120,7 +120,8 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
     return {"device": name, "ranks": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write beside the file and rename: never half of it."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     part.replace(path)

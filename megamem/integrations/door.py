@@ -105,10 +105,10 @@ class Door(AbstractDoor):
         return None if self.handle is None else self.handle.meter()
 
     def make_way(self) -> None:
-        """The script is about to switch megamem on by itself."""
+        """megamem is about to be switched on, by this door or by the script itself."""
 
     def adopt(self, handle: Handle) -> None:
-        """The script has switched megamem on by itself."""
+        """megamem is on, whoever has switched it on."""
 
     def add_flags(self, parser: Any) -> Any:
         add_arguments(parser, default=argparse.SUPPRESS)

@@ -37,7 +37,6 @@ def job_of_step(arguments: Mapping[str, Any]) -> Job:
     known.num_experts = config.num_moe_experts
     known.swiglu = config.gated_linear_unit
     known.group_query_attention = config.num_query_groups not in (None, config.num_attention_heads)
-    known.multi_latent_attention = getattr(config, "multi_latent_attention", False)
     for argument, attribute in _OF_MODEL.items():
         setattr(known, argument, _attribute(chunks, attribute))
     known.untie_embeddings_and_output_weights = not _attribute(chunks, "share_embeddings_and_output_weights")

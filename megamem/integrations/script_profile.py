@@ -143,11 +143,11 @@ class ProfileDoor(Door):
         super().__init__(request)
         self.watch = watch
         self._stock: Applied | None = None
-        self._theirs: Handle | None = None
+        self._adopted: Handle | None = None
 
     def on_groups(self) -> None:
         super().on_groups()
-        if self._theirs is None and self._stock is None:  # nothing is on: what is switched on comes by `adopt`
+        if self._adopted is None and self._stock is None:  # nothing is on: what is switched on comes by `adopt`
             self._watch_stock()
 
     def known_meter(self) -> Meter | None:
@@ -162,7 +162,7 @@ class ProfileDoor(Door):
     def adopt(self, handle: Handle) -> None:
         """megamem is on, whoever has switched it on: watch its steps."""
         self.make_way()
-        self._theirs = handle
+        self._adopted = handle
         if not handle.watch(self.watch.begin_step):
             self._watch_stock()
             return
@@ -176,9 +176,9 @@ class ProfileDoor(Door):
 
     def abandon(self) -> None:
         self.make_way()
-        if self._theirs is not None:
-            self._theirs.disable()
-            self._theirs = None
+        if self._adopted is not None:
+            self._adopted.disable()
+            self._adopted = None
         super().abandon()
 
     def _watch_stock(self) -> None:

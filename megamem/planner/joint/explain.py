@@ -55,8 +55,8 @@ def explain(planned: LayoutPlan, wishes: Wishes, extra: Sequence[Alternative] = 
         time=best.priced.time,
         memory=best.priced.memory,
         traffic=best.priced.traffic,
-        utilization=_utilization(model, best.priced.step_seconds),
-        tokens_per_second_per_gpu=_throughput(model, best.priced.step_seconds),
+        utilization=utilization(model, best.priced.step_seconds),
+        tokens_per_second_per_gpu=throughput(model, best.priced.step_seconds),
         decisions=(*_options(planned, wishes), *_fates(model, best)),
         alternatives=tuple(sorted(_unique(alternatives), key=lambda one: (not one.fits, one.step_seconds))),
         front=_front([mine, *alternatives, *_smaller(model, best)]),
@@ -95,14 +95,16 @@ def config_of(settled: Settled) -> Config:
     )
 
 
-def _utilization(model: Model, seconds: float) -> Utilization:
+def utilization(model: Model, seconds: float) -> Utilization:
+    """Of a step of the model's job that takes so long."""
     flops = model_flops(model.job)
     peak = model.hardware.peak_flops
     mfu = flops / (model.job.layout.world_size * seconds * peak)
     return Utilization(mfu=mfu, formula=MFU_FORMULA, model_flops=flops, peak_flops_per_gpu=peak)
 
 
-def _throughput(model: Model, seconds: float) -> float:
+def throughput(model: Model, seconds: float) -> float:
+    """Tokens per second and GPU."""
     job = model.job
     return job.seq_length * job.global_batch_size / seconds / job.layout.world_size
 
@@ -278,7 +280,7 @@ def _settled(planned: LayoutPlan) -> Iterable[Alternative]:
     for one in planned.others:
         settings = {"schedule.name": one.frame.name, "vocabulary": _loss_text(one.frame)}
         chunks = one.frame.schedule.placement.num_chunks
-        name = f"{_schedule_text(one.frame.name, chunks)}, {_loss_text(one.frame)}"
+        name = f"{schedule_text(one.frame.name, chunks)}, {_loss_text(one.frame)}"
         yield _alternative(name, one.priced, one.frame.host, best, settings)
 
 
@@ -286,7 +288,8 @@ def _loss_text(frame: Frame) -> str:
     return "shared vocabulary" if frame.barriers else "fused loss" if frame.fused_loss else "whole logits"
 
 
-def _schedule_text(name: str, chunks: int) -> str:
+def schedule_text(name: str, chunks: int) -> str:
+    """A schedule in words: its name, or Megatron's own, and the chunks."""
     if name == STOCK:
         name = "interleaved (Megatron's)" if chunks > 1 else "1f1b (Megatron's)"
     return f"{name}, {chunks} chunks" if chunks > 1 else name
@@ -303,7 +306,7 @@ def _estimated(planned: LayoutPlan) -> Iterable[Alternative]:
         seen.add(key)
         slower = one.seconds / best.priced.step_seconds
         yield Alternative(
-            name=_schedule_text(*key),
+            name=schedule_text(*key),
             step_seconds=0.0 if math.isinf(one.seconds) else one.seconds,
             peak_memory=0,
             fits=not one.fault,

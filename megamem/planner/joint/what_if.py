@@ -8,10 +8,9 @@ from dataclasses import replace
 from megamem.errors import InfeasibleError
 from megamem.ir.job import Job
 from megamem.ir.what_if import Cell, WhatIf
-from megamem.planner.costs.work import model_flops
 from megamem.planner.hardware import Hardware
-from megamem.planner.joint.explain import config_of
-from megamem.planner.joint.layout import Wishes, plan_layout
+from megamem.planner.joint.explain import config_of, schedule_text, throughput, utilization
+from megamem.planner.joint.layout import Wishes, in_full, plan_layout
 
 _LENGTHS = (1 / 4, 1 / 2, 1, 2, 4)  # of the plan's
 _MEMORIES = (0, 1 / 2, 1, 2)
@@ -54,18 +53,19 @@ def _cell(job: Job, hardware: Hardware, wishes: Wishes) -> Cell:
     if problems := job.problems():
         return Cell(fits=False, choice=problems[0])
     try:
-        best = plan_layout(job, hardware, wishes).best
+        planned = in_full(plan_layout(job, hardware, wishes))
     except InfeasibleError as fault:
         return Cell(fits=False, choice=str(fault))
-    priced, config, layout = best.priced, config_of(best), job.layout
-    gpu_seconds = priced.step_seconds * layout.world_size
-    parts = [best.frame.name] * (layout.pipeline > 1) + [name for name in config.enabled if name != "schedule"]
+    best, model = planned.best, planned.model
+    priced, switched_on = best.priced, config_of(best).enabled
+    schedule = schedule_text(best.frame.name, best.frame.schedule.placement.num_chunks)
+    parts = [schedule] * (job.layout.pipeline > 1) + [name for name in switched_on if name != "schedule"]
     return Cell(
         fits=True,
         step_seconds=priced.step_seconds,
         peak_memory=priced.peak,
         host_memory=priced.host,
-        tokens_per_second_per_gpu=job.seq_length * job.global_batch_size / gpu_seconds,
-        mfu=model_flops(job) / (gpu_seconds * hardware.peak_flops),
-        choice=f"On: {', '.join(parts)}." if parts else "Nothing is switched on.",
+        tokens_per_second_per_gpu=throughput(model, priced.step_seconds),
+        mfu=utilization(model, priced.step_seconds).mfu,
+        choice=f"With {', '.join(parts)}." if parts else "Nothing is switched on.",
     )
