@@ -128,7 +128,12 @@ def test_random_bytes_never_crash_the_reader(tmp_path: Path) -> None:
     assert 50 < refused < 400
 
 
-@pytest.mark.parametrize("damage", [b"no gzip", gzip.compress(b"id,lower")[:-9], gzip.compress(b"\xff\xfe")])
+# Named here, for an archive holds the time it was made at, and the processes that share a run must agree on every test's name.
+@pytest.mark.parametrize(
+    "damage",
+    [b"no gzip", gzip.compress(b"id,lower")[:-9], gzip.compress(b"\xff\xfe")],
+    ids=["not an archive", "cut short", "not text"],
+)
 def test_a_damaged_archive_is_refused(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "p.csv.gz").write_bytes(damage)
     with pytest.raises(AllocationError, match="cannot be read"):
