@@ -128,7 +128,7 @@ def test_random_bytes_never_crash_the_reader(tmp_path: Path) -> None:
     assert 50 < refused < 400
 
 
-# Named here, for an archive holds the time it was made at, and the processes that share a run must agree on every test's name.
+# Named here: an archive holds the time it was made at, and processes that share a run must agree on every test's name.
 @pytest.mark.parametrize(
     "damage",
     [b"no gzip", gzip.compress(b"id,lower")[:-9], gzip.compress(b"\xff\xfe")],
