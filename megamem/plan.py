@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,7 +133,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     elif arguments.flags:
         from megamem.planner.models import flags_of
 
-        print(" ".join(flags_of(config.plan.made_for.job)))
+        print(shlex.join(flags_of(config.plan.made_for.job)))
     else:
         from megamem.plan_text import text_of_plan
 
@@ -210,6 +211,7 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
     if sum(source is not None for source in sources) != 1:
         raise ConfigError("give one of --model, --from-megatron-args, --from-yaml, --from-profile and --read")
     sizes = {name: getattr(arguments, f"fixed_{name}") for name in _LAYOUT}
+    split: tuple[int, ...] = ()
     length = None if arguments.seq_length is None else tokens(arguments.seq_length)
     problems = _small(arguments) + [
         f"{flag}: leave it out; it is what {question} answers"
@@ -244,13 +246,15 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
             sizes[name] = sizes[name] or getattr(job.layout, name)
         sizes["chunks"] = sizes["chunks"] or (job.layout.chunks if job.layout.chunks > 1 else None)
         sizes["micro_batch_size"] = sizes["micro_batch_size"] or job.micro_batch_size
+        as_it_is = sizes["pipeline"] == job.layout.pipeline and sizes["chunks"] in (None, job.layout.chunks)
+        split = job.layout.split if as_it_is else ()
     if problems:
         raise ConfigError(problems)
     gpus = job.layout.world_size if arguments.gpus is None else arguments.gpus
     batch = arguments.global_batch_size
     if batch is None:
         batch = job.global_batch_size if arguments.model is None else _batch(job.seq_length, gpus)
-    return replace(job, global_batch_size=batch), gpus, Fixed(**sizes)
+    return replace(job, global_batch_size=batch), gpus, Fixed(**sizes, split=split)
 
 
 def _small(arguments: argparse.Namespace) -> list[str]:
@@ -349,6 +353,7 @@ def _page(config: Config, arguments: argparse.Namespace) -> None:
 def _grid(made_for: MadeFor, arguments: argparse.Namespace) -> WhatIf | None:
     """What is planned at other sequence lengths and host memory; None for a plan whose GPUs are not known here."""
     from megamem.planner.hardware import load_hardware
+    from megamem.planner.joint.split import laid_out
     from megamem.planner.joint.what_if import what_if
 
     try:
@@ -359,7 +364,7 @@ def _grid(made_for: MadeFor, arguments: argparse.Namespace) -> WhatIf | None:
     job = made_for.job
     if not arguments.read:  # chunks that were not asked for are searched again
         _, _, fixed = job_of(arguments)
-        job = replace(job, layout=replace(job.layout, chunks=fixed.chunks or 1))
+        job = job if job.layout.chunks == (fixed.chunks or 1) else laid_out(job, fixed.chunks or 1)
     progress = _progress()
     found = what_if(job, hardware, _wishes(arguments, hardware.host_memory), progress=progress)
     progress("")

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch.nn import Module
 
+from megamem.integrations.stage_layers import split_of
 from megamem.ir.job import Job
 from megamem.planner.models.flags import job_of_arguments
 
@@ -50,6 +51,7 @@ def job_of_step(arguments: Mapping[str, Any]) -> Job:
     known.use_distributed_optimizer = getattr(wrapper, "use_distributed_optimizer", False)
     known.overlap_grad_reduce = getattr(wrapper, "overlap_grad_reduce", False)
     job = job_of_arguments(known)
+    job = replace(job, layout=replace(job.layout, split=split_of(config)))
     # Megatron's own attention in PyTorch keeps its scores.
     keeps_scores = any(type(module).__name__ == "DotProductAttention" for chunk in chunks for module in chunk.modules())
     return replace(job, spec="unfused") if job.spec == "local" and keeps_scores else job

@@ -12,6 +12,7 @@ import torch
 from megatron.core.utils import get_model_config
 
 from megamem.errors import ConfigError
+from megamem.integrations.stage_layers import split_of
 from megamem.ir.plan import Plan
 
 
@@ -31,7 +32,9 @@ def check_layout(plan: Plan, parallel_state: Any) -> None:
 
 def check_model(plan: Plan, chunks: Sequence[Any]) -> None:
     """Raise ConfigError where the model has not the sizes of the plan's; every rank finds the same."""
-    if problems := plan.made_for.model_problems(model_sizes(get_model_config(chunks[0]))):
+    config = get_model_config(chunks[0])
+    problems = plan.made_for.model_problems(model_sizes(config))
+    if problems := problems or plan.made_for.split_problems(split_of(config)):
         raise ConfigError(problems)
 
 

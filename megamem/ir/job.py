@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megamem.ir.model import Model
+from megamem.ir.pipeline_split import Split, balanced_split, layout_text
 
 SPECS = ("transformer_engine", "local", "unfused")
 RECOMPUTATIONS = ("none", "selective", "full")
@@ -16,6 +17,7 @@ class Layout:
     """How ranks share the work. world size = tensor x context x pipeline x data.
 
     chunks:         model chunks per pipeline rank (Megatron's virtual pipeline size)
+    split:          layers of each of the pipeline x chunks stages, in the order of the model; empty: evenly
     expert:         ranks, out of context x data (x tensor / expert_tensor), that share the experts
     expert_tensor:  tensor parallelism inside the experts; 0: as elsewhere, which is Megatron's default
     distributed_optimizer:  optimizer states, and fp32 weights, are divided over the data-parallel ranks
@@ -30,6 +32,7 @@ class Layout:
     expert_tensor: int = 0
     data: int = 1
     distributed_optimizer: bool = True
+    split: Split = ()
 
     FLAGS: ClassVar[dict[str, str]] = {
         "tensor": "--tensor-model-parallel-size",
@@ -44,6 +47,13 @@ class Layout:
         for name in ("tensor", "context", "pipeline", "chunks", "expert", "data"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.split and len(self.split) != self.num_stages:
+            raise ValueError(f"a split of {len(self.split)} stages for {self.pipeline} ranks x {self.chunks} chunks")
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.pipeline * self.chunks
 
     @property
     def world_size(self) -> int:
@@ -71,6 +81,8 @@ class Layout:
         words = [f"{name} {size}" for name, size in parts if size > 1]
         if self.chunks > 1:
             words.append(f"{self.chunks} chunks")
+        if self.split:
+            words.append("uneven stages")
         return " x ".join([*words, f"DP {self.data}"] if self.data > 1 or not words else words)
 
 
@@ -145,14 +157,22 @@ def _model_problems(job: Job) -> list[str]:
             f"--tensor-model-parallel-size {layout.tensor} neither divides nor is divided by "
             f"{model.num_query_groups} query groups; use {nearest_divisor(model.num_query_groups, layout.tensor)}"
         )
-    stages = layout.pipeline * layout.chunks
-    if model.num_layers % stages:
+    if layout.split and sum(layout.split) != model.num_layers:
+        problems.append(
+            f"--pipeline-model-parallel-layout {layout_text(layout.split, model.mtp_num_layers)} has "
+            f"{sum(layout.split)} layers, the model {model.num_layers}"
+        )
+    elif not layout.split and model.num_layers % layout.num_stages:
         fitting = nearest_divisor(model.num_layers // layout.pipeline or 1, layout.chunks)
         remedy = (
             f"use --num-virtual-stages-per-pipeline-rank {fitting}"
             if model.num_layers % layout.pipeline == 0
             else f"use --pipeline-model-parallel-size {nearest_divisor(model.num_layers, layout.pipeline)}"
         )
+        if model.num_layers > layout.num_stages:
+            split = balanced_split([1.0] * model.num_layers, layout.num_stages, 1.0 + model.mtp_num_layers)
+            words = layout_text(split, model.mtp_num_layers)
+            remedy += f", or --pipeline-model-parallel-layout '{words}' instead of virtual stages"
         problems.append(
             f"{model.num_layers} layers cannot be divided by {layout.pipeline} pipeline ranks x {layout.chunks} "
             f"chunks; {remedy}"

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 from megamem.ir.job import Job
 from megamem.ir.model import differences
+from megamem.ir.pipeline_split import Split, layout_text
 from megamem.ir.record import RecordError, from_plain, to_plain
 from megamem.ir.schedule import Action, Kind, TimedAction
 
@@ -125,6 +126,19 @@ class MadeFor:
         """Why ranks laid out as `found` cannot run it: any of `world_size` and the fields of `Layout`."""
         planned = {**vars(self.job.layout), "world_size": self.job.layout.world_size}
         return [f"made_for.layout: {text}; {_AGAIN}" for text in differences(planned, found)]
+
+    def split_problems(self, found: Split) -> list[str]:
+        """Why a model whose layers are divided so among the stages cannot run it."""
+        job = self.job
+        if found == job.layout.split:
+            return []
+        words = [
+            layout_text(split, job.model.mtp_num_layers) if split else "evenly" for split in (found, job.layout.split)
+        ]
+        return [
+            f"made_for.layout.split: the layers are divided {words[0]}, in the plan {words[1]} "
+            f"(pipeline_model_parallel_layout); {_AGAIN}"
+        ]
 
     def model_problems(self, found: Mapping[str, Any]) -> list[str]:
         """Why a model of these sizes, any of `Model.sizes`, cannot run it."""

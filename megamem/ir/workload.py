@@ -19,6 +19,7 @@ A costs file (`megamem simulate --costs FILE`, YAML or JSON) is a mapping in one
     comm: 0.02
     collective: 0.05                        # vocabulary parallelism: latency of one collective; default: comm
     kept: 0.01                              # and memory of one microbatch that a rank keeps from S to T; default: 0
+    split: [15, 16, 16, 14]                 # layers of each stage; default: evenly
 
 With vocabulary parallelism `first` and `last` are divided over the ranks instead. Costs of stages have, besides, what a
 rank's share takes then, `vocabulary: {logits: 1, ...}` (`VocabularyCost`); the embeddings are in no stage.
@@ -29,9 +30,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 from megamem.errors import ScheduleError
+from megamem.ir.pipeline_split import Split
 from megamem.ir.schedule import Barriers, Kind, Placement
 
 
@@ -224,7 +227,7 @@ class Uniform:
 class Workload:
     """A model layer by layer: `first` (embedding) is added to the first stage, `last` (output layer, loss) to the last.
 
-    Layers are divided evenly and in order over the stages, as Megatron-Core divides them. With vocabulary parallelism
+    Layers are divided in order over the stages: evenly, or by `split`, the layers of each. With vocabulary parallelism
     the times of `first` and `last` are divided by the ranks, and their activations are none: what is left of them is
     `kept`, per rank, from S to T. `collective` is the latency of one collective of all ranks; None: `comm`.
     """
@@ -235,19 +238,30 @@ class Workload:
     comm: float = 0.0
     collective: float | None = None
     kept: float = 0.0
+    split: Split = ()
 
     def costs(self, placement: Placement, *, sharded: bool = False) -> PipelineCosts:
         """The costs of every stage of this placement."""
+        ends = [0, *accumulate(self._split(placement))]
+        stages = (sum(self.layers[start:end], _NOTHING) for start, end in pairwise(ends))
+        return _with_embeddings(PipelineCosts(stages=tuple(stages), comm=self.comm), self, placement, sharded)
+
+    def _split(self, placement: Placement) -> Split:
+        """Layers of every stage. Raises ScheduleError where they are not those of the placement."""
+        shape = f"{placement.num_ranks} ranks x {placement.num_chunks} chunks = {placement.num_stages} stages"
+        if self.split:
+            if len(self.split) != placement.num_stages or sum(self.split) != len(self.layers):
+                raise ScheduleError(
+                    f"a split of {sum(self.split)} layers into {len(self.split)} stages does not fit "
+                    f"{len(self.layers)} layers on {shape}"
+                )
+            return self.split
         count, rest = divmod(len(self.layers), placement.num_stages)
         if rest or not count:
             raise ScheduleError(
-                f"{len(self.layers)} layers cannot be divided by {placement.num_ranks} ranks x {placement.num_chunks} "
-                f"chunks = {placement.num_stages} stages"
+                f"{len(self.layers)} layers cannot be divided by {shape}; give the layers of each stage as split"
             )
-        stages = (
-            sum(self.layers[stage * count : (stage + 1) * count], _NOTHING) for stage in range(placement.num_stages)
-        )
-        return _with_embeddings(PipelineCosts(stages=tuple(stages), comm=self.comm), self, placement, sharded)
+        return (count,) * placement.num_stages
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a costs file."""
@@ -258,6 +272,7 @@ class Workload:
             "comm": self.comm,
             **({} if self.collective is None else {"collective": self.collective}),
             **({"kept": self.kept} if self.kept else {}),
+            **({"split": list(self.split)} if self.split else {}),
         }
 
 
@@ -287,7 +302,7 @@ def parse_costs(content: Mapping[str, Any]) -> PipelineCosts | Workload:
     """Read the content of a costs file. Raises ScheduleError that names the entry."""
     forms: dict[str, set[str]] = {
         "stages": {"stages", "comm", "vocabulary"},
-        "layers": {"layers", "first", "last", "comm", "collective", "kept"},
+        "layers": {"layers", "first", "last", "comm", "collective", "kept", "split"},
     }
     form = next((name for name in forms if name in content), None)
     if form is None:
@@ -302,7 +317,15 @@ def parse_costs(content: Mapping[str, Any]) -> PipelineCosts | Workload:
         name: _row(content[name], name, activation=0.0) for name in ("first", "last") if name in content
     }
     ends |= {name: _real(content[name], name) for name in ("collective", "kept") if name in content}
+    if "split" in content:
+        ends["split"] = _counts(content["split"])
     return Workload(layers=_rows(content["layers"], "layers"), comm=comm, **ends)
+
+
+def _counts(values: Any) -> Split:
+    if not isinstance(values, Sequence) or not all(type(count) is int and count >= 0 for count in values):
+        raise ScheduleError(f"split: {values!r} is no list with the number of layers of each stage")
+    return tuple(values)
 
 
 def _share(row: Any) -> VocabularyCost:

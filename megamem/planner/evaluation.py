@@ -359,8 +359,8 @@ class _Pricing:
             return 0, 0
         stage = self.placement.stage(rank, action.chunk)
         numbers = stage_layers(self.job, stage)
-        pairs = [self.model.transients(number) for number in (numbers[0], numbers[-1])]
-        space = max(pair[0 if action.kind == "F" else 1] for pair in pairs)
+        pairs = [self.model.transients(number) for number in (*numbers[:1], *numbers[-1:])]
+        space = max((pair[0 if action.kind == "F" else 1] for pair in pairs), default=0)
         if stage == self.last and self.setup.barriers is None:
             return output_bytes(self.job, fused=self.setup.fused_loss), space
         return 0, space

@@ -9,6 +9,7 @@ from dataclasses import replace
 from megamem.config import Config
 from megamem.errors import InfeasibleError
 from megamem.ir.activation import ANCHORS, BASE, SAVED, Fate
+from megamem.ir.pipeline_split import layout_text
 from megamem.ir.plan import (
     Alternative,
     Decision,
@@ -30,6 +31,7 @@ from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, in_full
 from megamem.planner.joint.search import Found
 from megamem.planner.joint.settle import Frame, Settled, settle
 from megamem.planner.joint.simple import ONE_FRACTION, with_fraction
+from megamem.planner.joint.split import is_balanced
 from megamem.planner.memory.activations import ActivationMemory
 from megamem.sections import Allocator, Scheduling, Vocabulary
 
@@ -121,6 +123,14 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
         idle = best.priced.time.get("bubble", 0.0) / best.priced.step_seconds
         why = "as asked" if wishes.schedule != "auto" else f"the fastest that fits{behind}"
         yield Decision(subject="schedule.name", fate=fate, reason=f"{why}; ranks idle {idle:.1%} of the step")
+        if split := planned.job.layout.split:
+            model = planned.job.model
+            text = "the slowest stage is as fast as it can be" if is_balanced(planned.job) else "as asked"
+            yield Decision(
+                subject="pipeline_model_parallel_layout",
+                fate=layout_text(split, model.mtp_num_layers),
+                reason=f"{model.num_layers} layers in {len(split)} stages: {text}",
+            )
     logits = max(rank.kinds.get("output_layer", 0) for rank in best.priced.memory)
     text = f"logits and loss take {logits / 2**30:.1f} GiB, and leaving them saves a matrix product"
     if frame.fused_loss:

@@ -20,6 +20,7 @@ from megamem.planner.evaluation import Model, Priced
 from megamem.planner.hardware import Hardware
 from megamem.planner.joint.settle import Frame, Settled, estimate, job_text, settle
 from megamem.planner.joint.simple import ONE_FRACTION, with_fraction
+from megamem.planner.joint.split import laid_out, possible_chunks
 from megamem.planner.memory.device import output_bytes
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Request
@@ -29,7 +30,6 @@ STOCK = "off"
 FAMILIES_TRIED = ("gis", "gis-h", "zb-h1", "zb-h2", "v-half")
 """Schedules that are weighed beside Megatron's own (1f1b, interleaved). Left out are those that another one is never
 worse than in memory and time (1f1b-v, dualpipe-v, v-min), and those whose order a search finds (zb-v, auto ...)."""
-MOST_CHUNKS = 4
 _SHARE_VOCABULARY = (STOCK, "gis")
 """Schedules with which vocabulary parallelism is weighed unasked: placing its passes takes longer than all the rest."""
 _TO_SETTLE = 2
@@ -97,6 +97,8 @@ def plan_layout(
 
     `job.layout.chunks` above 1 settles the chunks.
     """
+    if fault := _of_prediction(job, wishes):
+        raise InfeasibleError(fault)
     ranked = sorted(estimates(job, hardware, wishes, _names(wishes)), key=lambda one: one.seconds)
     settled: list[tuple[Job, Settled]] = []
     faults: list[str] = [one.fault for one in ranked if one.fault]
@@ -121,6 +123,24 @@ def plan_layout(
         others=tuple(one for _, one in settled[1:]),
         estimated=tuple(ranked),
     )
+
+
+def _of_prediction(job: Job, wishes: Wishes) -> str:
+    """What was asked for and cannot be had with multi-token prediction; empty where there is nothing."""
+    if not job.model.mtp_num_layers or job.layout.pipeline == 1:
+        return ""
+    name = wishes.schedule
+    if name in FAMILIES and FAMILIES[name].shape == "v":
+        return (
+            f"schedule {name}: multi-token prediction (--mtp-num-layers {job.model.mtp_num_layers}) has a copy of the "
+            "embedding on the last rank of Megatron's ring; give a schedule without a V, such as gis or zb-h1"
+        )
+    if wishes.vocabulary == "parallel":
+        return (
+            f"vocabulary parallel: multi-token prediction (--mtp-num-layers {job.model.mtp_num_layers}) uses both "
+            "embeddings within a stage; give --vocabulary fused"
+        )
+    return ""
 
 
 def _fastest(settled: list[tuple[Job, Settled]]) -> float:
@@ -196,11 +216,11 @@ def _names(wishes: Wishes) -> tuple[str, ...]:
 
 
 def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]) -> Iterator[Estimated]:
-    """What each of these schedules is estimated to take, with every number of chunks that the layers divide into."""
+    """What each of these schedules is estimated to take, in every number of chunks that layers can be put into."""
     few = _few_microbatches(job)
     for name, group, chunks in _schedules(job, names, wishes):
         shares = name in (*_SHARE_VOCABULARY, wishes.schedule) or wishes.vocabulary == "parallel"
-        chunked = replace(job, layout=replace(job.layout, chunks=chunks))
+        chunked = laid_out(job, chunks)
         model = Model(chunked, hardware, wishes.device)
         for fused, barriers in _losses(model, wishes):
             if barriers is not None and not shares:
@@ -255,7 +275,8 @@ def _losses(model: Model, wishes: Wishes) -> tuple[tuple[bool, Barriers | None],
     chosen = allowed[:1]
     if "fused" in allowed[1:] and output_bytes(model.job, fused=False) > _LARGE_LOGITS * model.limit:
         chosen.append("fused")
-    if "parallel" in allowed[1:] and model.job.layout.pipeline > 1 and _output_share(model) > _LARGE_OUTPUT:
+    shares = not model.job.model.mtp_num_layers  # multi-token prediction uses both embeddings within a stage
+    if shares and "parallel" in allowed[1:] and model.job.layout.pipeline > 1 and _output_share(model) > _LARGE_OUTPUT:
         chosen.append("parallel")
     return tuple(variants[name] for name in chosen)
 
@@ -275,12 +296,7 @@ def _schedules(job: Job, names: Sequence[str], wishes: Wishes) -> Iterator[tuple
     if layout.pipeline == 1:
         yield STOCK, None, 1
         return
-    per_rank = job.model.num_layers // layout.pipeline
-    counts = (
-        [layout.chunks]
-        if layout.chunks > 1 or wishes.has_model
-        else [c for c in range(1, MOST_CHUNKS + 1) if per_rank % c == 0]
-    )
+    counts = [layout.chunks] if wishes.has_model else possible_chunks(job)
     for name in names:
         for chunks in counts:
             if name == STOCK:
@@ -289,6 +305,8 @@ def _schedules(job: Job, names: Sequence[str], wishes: Wishes) -> Iterator[tuple
                     yield name, None, chunks
                 continue
             family = FAMILIES[name]
+            if family.shape == "v" and job.model.mtp_num_layers and wishes.schedule == "auto":
+                continue  # multi-token prediction has a copy of the embedding on the last rank of the ring
             if chunks >= family.min_chunks and (family.max_chunks is None or chunks <= family.max_chunks):
                 yield name, wishes.group if family.uses_group else None, chunks
 
@@ -329,6 +347,7 @@ def _workload(job: Job) -> Workload:
     works = [layer_work(job, number) for number in range(1, job.model.num_layers + 1)]
     output = output_flops(job)
     return Workload(
+        split=job.layout.split,
         layers=tuple(
             StageCost(
                 forward=work.gemm + work.attention,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from megamem.errors import InfeasibleError
 from megamem.ir.schedule import Placement, Schedule
@@ -24,10 +25,11 @@ from megamem.planner.evaluation import OPTIMIZER_BYTES, Model
 from megamem.planner.fractions.linear import explain, solve
 from megamem.planner.fractions.problem import Limits, Problem, whole_bytes
 from megamem.planner.fractions.rank import groups_of
-from megamem.planner.joint.layout import MOST_CHUNKS, Wishes
+from megamem.planner.joint.layout import Wishes
+from megamem.planner.joint.split import MOST_CHUNKS, laid_out, possible_chunks
 from megamem.planner.memory.device import output_bytes, static_bytes
 from megamem.planner.memory.inventory import weight_gradient_bytes
-from megamem.planner.memory.parameters import stage_parameters, states_of
+from megamem.planner.memory.parameters import stage_layers, stage_parameters, states_of
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
 
@@ -47,15 +49,17 @@ class Quick:
     """Closed forms for one layout."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.job = model, model.job
+        self.chunks = possible_chunks(model.job)
+        self.job = laid_out(model.job, 1)  # all layers of a rank as one stage
+        self.model = model if self.job is model.job else Model(self.job, model.hardware, model.limit)
         self.ranks = self.job.layout.pipeline
-        self.per_rank = self.job.model.num_layers // self.ranks
-        self.first = Placement(shape="round-robin", num_ranks=self.ranks, num_chunks=1)
+        self.layers = [stage_layers(self.job, rank) for rank in range(self.ranks)]
+        self.placement = Placement(shape="round-robin", num_ranks=self.ranks, num_chunks=1)
 
     def passes(self, rank: int) -> tuple[float, float, float]:
         """F, B and W of one microbatch on a rank."""
         forward = backward = weight = 0.0
-        for number in range(rank * self.per_rank + 1, (rank + 1) * self.per_rank + 1):
+        for number in self.layers[rank]:
             times = self.model.layer(number)
             forward += times.forward.total
             backward += times.backward.total
@@ -66,14 +70,19 @@ class Quick:
             forward, backward, weight = forward + logits + loss / 2, backward + logits + loss / 2, weight + logits
         return forward, backward, weight
 
+    @cached_property
+    def busiest(self) -> float:
+        """Computing of one microbatch on the rank that has most of it."""
+        fullest = max(range(self.ranks), key=lambda rank: len(self.layers[rank]))
+        return max(sum(self.passes(rank)) for rank in {0, fullest, self.ranks - 1})
+
     def bound(self) -> float:
         """Seconds that no schedule can undercut; infinite where the states alone do not fit."""
         if self.room(0, 0.0) < 0:
             return float("inf")
-        busiest = max(sum(self.passes(rank)) for rank in {0, self.ranks - 1})
         forward, backward, _ = self.passes(0)
-        warm_up = (self.ranks - 1) * (forward + backward) / min(MOST_CHUNKS, self.per_rank)
-        return self.job.num_microbatches * busiest + warm_up + self.optimizer()
+        warm_up = (self.ranks - 1) * (forward + backward) / min(MOST_CHUNKS, len(self.layers[0]))
+        return self.job.num_microbatches * self.busiest + warm_up + self.optimizer()
 
     def optimizer(self) -> float:
         """The optimizer's step on the last rank."""
@@ -83,8 +92,8 @@ class Quick:
     def room(self, rank: int, besides: float) -> float:
         """Device memory of a rank for activations, with `besides` bytes for other things."""
         hardware = self.model.hardware
-        statics = sum(static_bytes(self.job, self.first, rank, hardware).values())
-        working = self.model.transients(rank * self.per_rank + self.per_rank)[1]
+        statics = sum(static_bytes(self.job, self.placement, rank, hardware).values())
+        working = self.model.transients(self.layers[rank][-1])[1]
         return (self.model.limit - statics) / (1.0 + hardware.fragmentation_arena) - working - besides
 
     def seconds(self, wishes: Wishes) -> float:
@@ -92,13 +101,12 @@ class Quick:
         fault: InfeasibleError | None = None
         best = float("inf")
         count = self.job.num_microbatches
-        busiest = max(sum(self.passes(rank)) for rank in {0, self.ranks - 1})
         for shape in self.shapes(wishes):
-            floor = count * busiest + shape.bubble
+            floor = count * self.busiest + shape.bubble
             if floor >= best:
                 continue
             try:
-                again = max(self.again(shape, rank, wishes.host) for rank in {0, self.ranks - 1})
+                again = max(self.again(shape, rank, wishes.host) for rank in self._full_ranks)
             except InfeasibleError as error:
                 fault = fault or error
                 continue
@@ -116,8 +124,7 @@ class Quick:
             yield Shape(name="off", chunks=1, bubble=0.0, in_flight=1.0, splits=False)
             return
         found = []
-        counts = [v for v in range(1, MOST_CHUNKS + 1) if self.per_rank % v == 0]
-        for v in [self.job.layout.chunks] if self.job.layout.chunks > 1 else counts:
+        for v in self.chunks:
             bubble = (p - 1) * total / v
             if v == 1 or self.job.num_microbatches % p == 0:
                 flight = p + (p - 1) / v if v > 1 else p
@@ -139,8 +146,8 @@ class Quick:
         flight = min(flight, float(self.job.num_microbatches))
         besides = 0.0
         if shape.splits:
-            numbers = range(1, self.per_rank // shape.chunks + 1)
-            besides += sum(weight_gradient_bytes(self.job, number) for number in numbers)
+            numbers = self.layers[rank]
+            besides += sum(weight_gradient_bytes(self.job, n) for n in numbers[: -(-len(numbers) // shape.chunks)])
         if rank == self.ranks - 1:
             besides += output_bytes(self.job, fused=True)
         device = self.room(rank, besides)
@@ -152,6 +159,12 @@ class Quick:
             raise InfeasibleError(explain(problem))
         untouched = sum(flight * group.layers * whole_bytes(group) for group in groups)
         return 0.0 if untouched <= 0.8 * device else solve(problem).seconds
+
+    @cached_property
+    def _full_ranks(self) -> set[int]:
+        """The ranks that may be short of memory: the ends, and the first of those with the most layers."""
+        most = max(len(numbers) for numbers in self.layers)
+        return {0, next(rank for rank in range(self.ranks) if len(self.layers[rank]) == most), self.ranks - 1}
 
     def _schedule(self) -> Schedule:
         """Any schedule with one chunk: it only says which layers a rank has."""

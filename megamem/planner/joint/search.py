@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 
 from megamem.errors import InfeasibleError
 from megamem.ir.job import Job, Layout
+from megamem.ir.pipeline_split import Split
 from megamem.ir.schedule import Placement
 from megamem.planner.evaluation import Model
 from megamem.planner.hardware import Hardware
-from megamem.planner.joint.layout import MOST_CHUNKS, STOCK, LayoutPlan, Wishes, plan_layout
+from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, plan_layout
 from megamem.planner.joint.quick import Quick
+from megamem.planner.joint.split import laid_out, possible_chunks
 from megamem.planner.memory.device import static_bytes
 from megamem.planner.schedules.families import FAMILIES
 
@@ -28,7 +30,10 @@ _LEAST_STEP = 1024  # tokens: the longest sequence is found to within so many
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Sizes of the layout that the user settled; None leaves them to the search."""
+    """Sizes of the layout that the user settled; None leaves them to the search.
+
+    split: of the layers, with the pipeline and chunks that it is for; empty: as `joint.split` has it
+    """
 
     tensor: int | None = None
     context: int | None = None
@@ -36,6 +41,7 @@ class Fixed:
     chunks: int | None = None
     expert: int | None = None
     micro_batch_size: int | None = None
+    split: Split = ()
 
     @property
     def settles_all(self) -> bool:
@@ -56,7 +62,7 @@ def layouts_of(job: Job, gpus: int, hardware: Hardware, fixed: Fixed) -> Iterato
     """Every way to lay the job out that Megatron-Core would run: the job's own layout is not looked at."""
     for tensor in _sizes(fixed.tensor, min(hardware.node, gpus)):
         for pipeline in _sizes(fixed.pipeline, min(gpus // tensor, job.model.num_layers), any_size=True):
-            if job.model.num_layers % pipeline or gpus % (tensor * pipeline):
+            if gpus % (tensor * pipeline):
                 continue
             for context in _sizes(fixed.context, gpus // (tensor * pipeline)):
                 data, rest = divmod(gpus, tensor * pipeline * context)
@@ -68,15 +74,10 @@ def runs_schedule(job: Job, wishes: Wishes) -> bool:
     """Whether the layout has a pipeline, and layers, for the schedule that was asked for."""
     if wishes.schedule in ("auto", STOCK):
         return True
-    layout, per_rank, family = job.layout, job.model.num_layers // job.layout.pipeline, FAMILIES[wishes.schedule]
-    if layout.pipeline == 1:
-        return False
-    counts = [layout.chunks] if layout.chunks > 1 else range(1, MOST_CHUNKS + 1)
-    return any(
-        per_rank % chunks == 0
-        and chunks >= family.min_chunks
-        and (family.max_chunks is None or chunks <= family.max_chunks)
-        for chunks in counts
+    family = FAMILIES[wishes.schedule]
+    return job.layout.pipeline > 1 and any(
+        chunks >= family.min_chunks and (family.max_chunks is None or chunks <= family.max_chunks)
+        for chunks in possible_chunks(job)
     )
 
 
@@ -96,8 +97,9 @@ def _completed(job: Job, tensor: int, pipeline: int, context: int, data: int, fi
                 expert_tensor=1 if experts is not None and tensor > 1 else 0,
                 data=data,
                 distributed_optimizer=job.layout.distributed_optimizer,
+                split=fixed.split,
             )
-            found = replace(job, layout=layout, micro_batch_size=micro)
+            found = laid_out(replace(job, layout=layout, micro_batch_size=micro), layout.chunks)
             if not found.problems():
                 yield found
 
@@ -185,7 +187,7 @@ def _no_layout(job: Job, gpus: int, fixed: Fixed, wishes: Wishes) -> str:
             f"--schedule {wishes.schedule} needs two pipeline ranks or more, with layers for each{chunks}, and no such "
             f"layout of {gpus} GPUs is possible; give --pipeline-model-parallel-size, or leave --schedule out"
         )
-    sizes = {name: size for name, size in vars(fixed).items() if size is not None}
+    sizes = {name: size for name, size in vars(fixed).items() if size not in (None, ())}
     given = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "any layout"
     layout = Layout(**{name: size for name, size in sizes.items() if name != "micro_batch_size"})
     unit = layout.tensor * layout.pipeline * layout.context

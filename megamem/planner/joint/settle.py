@@ -117,7 +117,7 @@ class Budget:
                 shared -= shared_bytes(job, self.frame.barriers or 1)
             most, most_shared = max(most, now), max(most_shared, shared)
         numbers = [n for chunk in range(placement.num_chunks) for n in stage_layers(job, placement.stage(rank, chunk))]
-        working = max(model.transients(number)[1] for number in (numbers[0], numbers[-1]))
+        working = max((model.transients(number)[1] for number in (*numbers[:1], *numbers[-1:])), default=0)
         held = job.tokens * job.model.hidden_size * job.itemsize * placement.num_chunks  # receive buffers
         return most + most_shared + working + self._output(rank) + held
 

@@ -125,7 +125,10 @@ def mtp_parameters(model: Model, tensor: int = 1, expert: int = 1, expert_tensor
 
 def stage_layers(job: Job, stage: int) -> range:
     """The numbers of the layers of a stage, of pipeline ranks x chunks stages, in the order of the model."""
-    per_stage = job.model.num_layers // (job.layout.pipeline * job.layout.chunks)
+    if split := job.layout.split:
+        first = sum(split[:stage])
+        return range(first + 1, first + split[stage] + 1)
+    per_stage = job.model.num_layers // job.layout.num_stages
     return range(stage * per_stage + 1, (stage + 1) * per_stage + 1)
 
 
@@ -136,7 +139,7 @@ def stage_parameters(job: Job, stage: int, *, shards_vocabulary: bool = False) -
     found = Parameters()
     for number in stage_layers(job, stage):
         found += layer_parameters(model, number, *sizes)
-    last = layout.pipeline * layout.chunks - 1
+    last = layout.num_stages - 1
     if stage == last:
         found += Parameters(model.hidden_size * (2 if model.normalization == "LayerNorm" else 1))
         found += mtp_parameters(model, *sizes)

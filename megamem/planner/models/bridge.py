@@ -17,6 +17,9 @@ _RENAMED = {
     "moe_ffn_hidden_size": "moe_ffn_hidden_size",
     "gated_linear_unit": "swiglu",
     "seq_length": "seq_length",
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+    "virtual_pipeline_model_parallel_size": "num_virtual_stages_per_pipeline_rank",
 }
 _INVERTED = {
     "add_bias_linear": "disable_bias_linear",

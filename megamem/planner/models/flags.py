@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from megamem.errors import ConfigError
 from megamem.ir.job import Job, Layout
 from megamem.ir.model import Model
+from megamem.ir.pipeline_split import Split, ends_split, layout_text, normal_split, padded_split, parse_layout
 
 _NUMBERS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
@@ -24,16 +25,24 @@ _NUMBERS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
 )
 _SWITCHES = (
     *("group_query_attention", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "bf16", "fp16"),
     *("untie_embeddings_and_output_weights", "multi_latent_attention", "sequence_parallel"),
     *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "recompute_activations"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
 )
 _WORDS = (
     *("normalization", "position_embedding_type", "hidden_dropout", "attention_dropout", "moe_layer_freq"),
-    *("transformer_impl", "recompute_granularity"),
+    *("transformer_impl", "recompute_granularity", "pipeline_model_parallel_layout"),
 )
+# Fields of Megatron's TransformerConfig that its flags have another name for.
+_FIELDS = {
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+}
+_CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 _LAUNCHER = re.compile(r"--(?P<name>nnodes|nproc[-_]per[-_]node)[= ](?P<count>\d+)")
 
 
@@ -69,7 +78,7 @@ def job_of_flags(line: str | Sequence[str], world_size: int | None = None) -> Jo
 
 def job_of_arguments(args: argparse.Namespace, world_size: int | None = None) -> Job:
     """The job of what Megatron-LM's parser has made of its flags, whatever release's. Raises ConfigError."""
-    given = vars(args)
+    given = vars(args) | {flag: value for field, flag in _FIELDS.items() if (value := getattr(args, field, None))}
     words: list[str] = []
     for name in (*_NUMBERS, *_WORDS):
         if (value := given.get(name)) is not None:
@@ -79,9 +88,11 @@ def job_of_arguments(args: argparse.Namespace, world_size: int | None = None) ->
     if "add_bias_linear" in given:
         switches["disable_bias_linear"] = not given["add_bias_linear"]
     words += [f"--{name.replace('_', '-')}" for name, is_on in switches.items() if is_on]
-    if chunks := given.get("virtual_pipeline_model_parallel_size"):
+    if given.get("pipeline_model_parallel_layout") is not None:
+        words = _without(_without(words, "--num-layers-per-virtual-pipeline-stage"), _CHUNKS)
+    elif chunks := given.get("virtual_pipeline_model_parallel_size"):
         words = _without(words, "--num-layers-per-virtual-pipeline-stage")
-        words += ["--num-virtual-stages-per-pipeline-rank", str(chunks)]
+        words = [*_without(words, _CHUNKS), _CHUNKS, str(chunks)]
     if given.get("vocab_size") is None and given.get("padded_vocab_size") is not None:
         words += ["--vocab-size", str(given["padded_vocab_size"])]  # of a tokenizer
     return job_of_flags(words, given.get("world_size") or world_size)
@@ -111,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--moe-layer-freq", default="1")
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--recompute-granularity")
+    parser.add_argument("--pipeline-model-parallel-layout")
     return parser
 
 
@@ -188,6 +200,14 @@ def _layout(args: argparse.Namespace, world_size: int | None) -> Layout:
     context, chunks = args.context_parallel_size or 1, args.num_virtual_stages_per_pipeline_rank or 1
     if args.num_layers_per_virtual_pipeline_stage:
         chunks = args.num_layers // pipeline // args.num_layers_per_virtual_pipeline_stage
+    split = _split(args, pipeline, max(1, chunks))
+    if args.pipeline_model_parallel_layout:
+        chunks, over = divmod(len(split), pipeline)
+        if over:
+            raise ConfigError(
+                f"--pipeline-model-parallel-layout has {len(split)} stages, which {pipeline} pipeline ranks cannot "
+                f"share; make it {pipeline * max(1, round(len(split) / pipeline))}"
+            )
     unit = tensor * pipeline * context
     if world_size is not None and world_size % unit:
         raise ConfigError(
@@ -204,7 +224,21 @@ def _layout(args: argparse.Namespace, world_size: int | None) -> Layout:
         expert_tensor=args.expert_tensor_parallel_size or 0,
         data=1 if world_size is None else world_size // unit,
         distributed_optimizer=args.use_distributed_optimizer,
+        split=normal_split(split),
     )
+
+
+def _split(args: argparse.Namespace, pipeline: int, chunks: int) -> Split:
+    """Layers of every stage; empty where no flag says anything about them. Raises ValueError."""
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    embedding, loss = args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split
+    if args.pipeline_model_parallel_layout:
+        return parse_layout(args.pipeline_model_parallel_layout)
+    if first or last:
+        return ends_split(args.num_layers, pipeline, chunks, first=first, last=last)
+    if embedding or loss:
+        return padded_split(args.num_layers, pipeline, chunks, embedding=embedding, loss=loss)
+    return ()
 
 
 def flags_of(job: Job) -> list[str]:
@@ -241,7 +275,7 @@ def flags_of(job: Job) -> list[str]:
         ("--use-distributed-optimizer", layout.distributed_optimizer),
         ("--overlap-grad-reduce", job.overlap),
         ("--overlap-param-gather", job.overlap and layout.distributed_optimizer),
-        *((flag, getattr(layout, name)) for name, flag in Layout.FLAGS.items() if getattr(layout, name) > 1),
+        *_sizes(job),
         *_special(model),
     ]
     return [
@@ -250,6 +284,19 @@ def flags_of(job: Job) -> list[str]:
         for word in ([flag] if value is True else [flag, str(value)])
         if value is not False
     ]
+
+
+def _sizes(job: Job) -> list[tuple[str, object]]:
+    """Flags of the layout's sizes. A layout of stages says how many chunks there are, and Megatron wants it once."""
+    layout = job.layout
+    values: list[tuple[str, object]] = [
+        (flag, getattr(layout, name))
+        for name, flag in Layout.FLAGS.items()
+        if getattr(layout, name) > 1 and not (layout.split and name == "chunks")
+    ]
+    if layout.split:
+        values.append(("--pipeline-model-parallel-layout", layout_text(layout.split, job.model.mtp_num_layers)))
+    return values
 
 
 def _special(model: Model) -> list[tuple[str, object]]:

@@ -1,0 +1,56 @@
+"""Layers to pipeline stages: evenly where they divide, else so that the slowest stage is as fast as it can be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from megamem.ir.job import Job
+from megamem.ir.pipeline_split import Split, balanced_split
+from megamem.planner.costs.work import layer_work, output_flops
+
+MOST_CHUNKS = 4
+
+
+def laid_out(job: Job, chunks: int) -> Job:
+    """The job with so many chunks per rank; a split of its own stays where it is for as many."""
+    layout = job.layout
+    if chunks == layout.chunks and (layout.split or job.model.num_layers % layout.num_stages == 0):
+        return job
+    bare = replace(job, layout=replace(layout, chunks=chunks, split=()))
+    return replace(bare, layout=replace(bare.layout, split=_split(bare)))
+
+
+def _split(job: Job) -> Split:
+    """By the FLOPs of layers and output layer. Empty where the layers divide evenly, or are fewer than the stages."""
+    model, stages = job.model, job.layout.num_stages
+    if model.num_layers % stages == 0 or model.num_layers < stages:
+        return ()
+    flops = {
+        moe: work.gemm + work.attention
+        for moe in (False, True)
+        if (number := next((n for n in range(1, model.num_layers + 1) if model.is_moe(n) == moe), 0))
+        and (work := layer_work(job, number))
+    }
+    costs = tuple(flops[model.is_moe(number)] for number in range(1, model.num_layers + 1))
+    return _balanced(costs, stages, output_flops(job))
+
+
+_balanced = lru_cache(maxsize=4096)(balanced_split)
+
+
+def is_balanced(job: Job) -> bool:
+    """Whether the layers are divided as they would be unasked."""
+    return job.layout.split == _split(replace(job, layout=replace(job.layout, split=())))
+
+
+def possible_chunks(job: Job) -> list[int]:
+    """The numbers of chunks that its layers can be put into: those settled, or all up to `MOST_CHUNKS`.
+
+    Layers that divide by the ranks divide by the chunks as well: an uneven split would only be slower.
+    """
+    layout, layers = job.layout, job.model.num_layers
+    if layout.chunks > 1:
+        return [layout.chunks]
+    per_rank, over = divmod(layers, layout.pipeline)
+    return [chunks for chunks in range(1, MOST_CHUNKS + 1) if (over and chunks <= per_rank) or per_rank % chunks == 0]
