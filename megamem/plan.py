@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -133,7 +132,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     elif arguments.flags:
         from megamem.planner.models import flags_of
 
-        print(shlex.join(flags_of(config.plan.made_for.job)))
+        print(" ".join(flags_of(config.plan.made_for.job)))  # unquoted: for $(...) of a shell
     else:
         from megamem.plan_text import text_of_plan
 

@@ -56,6 +56,41 @@ def test_a_plan_is_written_and_reads_back(tmp_path: Path, capsys: pytest.Capture
     assert job_of_flags(flags + " --vocab-size 128256", 8).layout == config.plan.made_for.job.layout
 
 
+def test_layers_that_do_not_divide_are_planned_and_started_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan says which stage has which layers, and its flags do, as words of `$(...)`."""
+    config, path = tmp_path / "config.json", str(tmp_path / "plan.yaml")
+    config.write_text(json.dumps({**TINY, "num_hidden_layers": 7}), encoding="utf-8")
+    line = ("plan", "--model", str(config), "--gpus", "4", "--seq-length", "4k", "--global-batch-size", "8")
+    line = (*line, "--pipeline-model-parallel-size", "4", "--tensor-model-parallel-size", "1")
+    content = plan(capsys, *line, "-o", path)
+    layout = content["made_for"]["job"]["layout"]
+    assert sum(layout["split"]) == 7 and len(layout["split"]) == 4
+    (row,) = [one for one in content["predicted"]["decisions"] if one["subject"] == "pipeline_model_parallel_layout"]
+    assert row["reason"] == "7 layers in 4 stages: the busiest rank has as few as can be"
+    assert main(["plan", "--read", path, "--flags"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[words.index("--pipeline-model-parallel-layout") + 1] == row["fate"]
+    again = ["--from-megatron-args", " ".join([*words, "--vocab-size", "257"]), "--gpus", "4", "--gpu", "h100"]
+    assert plan(capsys, "plan", *again)["made_for"]["job"]["layout"] == layout
+    uneven = " ".join(words).replace(row["fate"], "Et|t|t|t*4L")  # as asked, though it is slower
+    content = plan(capsys, "plan", "--from-megatron-args", f"{uneven} --vocab-size 257", "--gpus", "4")
+    assert content["made_for"]["job"]["layout"]["split"] == [1, 1, 1, 4]
+    assert "as asked" in str(content["predicted"]["decisions"])
+
+
+def test_multi_token_prediction_is_given_what_runs_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("plan", "--model", "deepseek-v3", "--gpus", "512", "--seq-length", "4k", "--global-batch-size", "512")
+    line = (*line, "--pipeline-model-parallel-size", "16", "--tensor-model-parallel-size", "1")
+    line = (*line, "--expert-model-parallel-size", "32", "--context-parallel-size", "1", "--micro-batch-size", "1")
+    content = plan(capsys, *line)
+    shapes = {one["settings"].get("schedule.name") for one in content["predicted"]["alternatives"]}
+    assert content["made_for"]["job"]["layout"]["split"] and "v-half" not in shapes | {content["schedule"]["name"]}
+    assert "copy of the embedding" in refusal(capsys, *line, "--schedule", "v-half")
+    assert "uses both embeddings within a stage" in refusal(capsys, *line, "--vocabulary", "parallel")
+
+
 def test_what_is_predicted_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     content = plan(capsys, *LLAMA)
     predicted = content["predicted"]
@@ -171,8 +206,8 @@ def test_the_inverse_questions(capsys: pytest.CaptureFixture[str]) -> None:
             "6 GPUs cannot hold tensor 4; use a multiple of 4",
         ),
         (
-            ("--model", "llama3-8b", "--gpus", "5", "--seq-length", "8k", "--pipeline-model-parallel-size", "5"),
-            "32 layers cannot be divided by 5 pipeline ranks x 1 chunks; use --pipeline-model-parallel-size 4",
+            ("--model", "llama3-8b", "--gpus", "33", "--seq-length", "8k", "--pipeline-model-parallel-size", "33"),
+            "32 layers cannot be divided by 33 pipeline ranks x 1 chunks; use --pipeline-model-parallel-size 32",
         ),
         (("--model", "llama3-70b", "--gpus", "2", "--seq-length", "8k"), "no layout of 2 GPUs fits"),
         (("--read", "nowhere.yaml"), "no such file"),

@@ -16,10 +16,11 @@ from megamem.config import Config
 from megamem.deciding import undecided
 from megamem.errors import ConfigError, MegamemError
 from megamem.host import resolve_host_memory
+from megamem.ir.pipeline_split import normal_split
 from megamem.planner.hardware import load_hardware, row_of_device
 from megamem.planner.joint.decide import decide
 from megamem.planner.models.flags import job_of_arguments
-from pretrain.pipeline import plan_pipeline
+from pretrain.pipeline import divide_layers, plan_pipeline, split_problems
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end of a document
 
@@ -79,6 +80,9 @@ def _add_parallelism(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     group.add_argument("--num-layers-per-virtual-pipeline-stage", type=int, help="interleaved pipeline schedule")
     group.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, help="the same, said the other way")
+    group.add_argument("--decoder-first-pipeline-num-layers", type=int, help="of the first pipeline rank")
+    group.add_argument("--decoder-last-pipeline-num-layers", type=int, help="of the last pipeline rank")
+    group.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help="layers of each stage: Et*3|t*4|t*2L")
     group.add_argument("--no-overlap-p2p-communication", action="store_true")
     group.add_argument("--sequence-parallel", action="store_true")
     group.add_argument("--context-parallel-size", type=int, default=1)
@@ -186,6 +190,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.virtual_stages = args.num_virtual_stages_per_pipeline_rank
     elif args.num_layers_per_virtual_pipeline_stage is not None:
         args.virtual_stages = layers // max(1, args.num_layers_per_virtual_pipeline_stage)
+    divide_layers(args)
     if args.virtual_stages == 1:
         args.virtual_stages = None
     if not args.group_query_attention:
@@ -272,7 +277,9 @@ def _pipeline_problems(args: argparse.Namespace, config: Config) -> list[str]:
             "give one of --num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank"
         )
     per_stage = args.num_layers_per_virtual_pipeline_stage
-    if args.num_layers % (pp * stages):
+    if args.has_split:
+        problems += split_problems(args)
+    elif args.num_layers % (pp * stages):
         problems.append(
             f"--num-layers {args.num_layers} is not divisible by the {pp} pipeline stages x {stages} virtual stages"
         )
@@ -346,7 +353,8 @@ def _plan_problems(args: argparse.Namespace, config: Config) -> list[str]:
         "chunks": args.virtual_stages or 1,
     }
     made_for = config.plan.made_for
-    return [*made_for.layout_problems(layout), *made_for.model_problems(found)]
+    problems = [*made_for.layout_problems(layout), *made_for.model_problems(found)]
+    return problems or made_for.split_problems(normal_split(args.stage_layers))
 
 
 def _batch_problems(args: argparse.Namespace) -> list[str]:

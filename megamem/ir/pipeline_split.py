@@ -147,3 +147,25 @@ def _fill(costs: Sequence[float], stages: int, last: float, limit: float) -> lis
             return None
         split[stage], end = end - start, start
     return split
+
+
+def dealt_split(num_layers: int, ranks: Sequence[int], last: float = 0.0) -> Split:
+    """The split of equal layers whose busiest rank is as fast as it can be, and so are the stages of every rank.
+
+    ranks:  the pipeline rank of every stage, in the order of the model
+    last:   of what the last stage has besides, in layers
+
+    Raises ValueError where there are fewer layers than stages.
+    """
+    if num_layers < len(ranks):
+        raise ValueError(f"{num_layers} layers are too few for {len(ranks)} stages")
+    split, spent = [1] * len(ranks), [0.0] * (max(ranks) + 1)
+    for stage, rank in enumerate(ranks):
+        spent[rank] += 1 + (last if stage == len(ranks) - 1 else 0.0)
+    for _ in range(num_layers - len(ranks)):
+        # One by one to whoever has least is best for equal layers; what is left over stays away from the first ranks.
+        rank = min(range(len(spent)), key=lambda one: (spent[one], -one))
+        mine = [stage for stage, owner in enumerate(ranks) if owner == rank]
+        split[min(mine, key=lambda one: (split[one] + (last if one == len(ranks) - 1 else 0.0), -one))] += 1
+        spent[rank] += 1
+    return normal_split(split)

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from megamem.ir.job import Job, Layout
 from megamem.ir.model import Experts, Model
+from megamem.ir.pipeline_split import normal_split, parse_layout
 
 if TYPE_CHECKING:
     from megamem.testing.models import GptCase
+
+_LAYOUT = "pipeline_model_parallel_layout"
 
 
 def job_of_case(case: GptCase, *, num_microbatches: int = 1, data: int = 1) -> Job:
@@ -46,6 +49,7 @@ def job_of_case(case: GptCase, *, num_microbatches: int = 1, data: int = 1) -> J
         expert=case.ep,
         data=max(data, case.ep // case.cp),
         distributed_optimizer=case.distributed_optimizer,
+        split=normal_split(parse_layout(stages) if (stages := case.config.get(_LAYOUT)) else ()),
     )
     return Job(
         model=model,

@@ -125,7 +125,7 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
         yield Decision(subject="schedule.name", fate=fate, reason=f"{why}; ranks idle {idle:.1%} of the step")
         if split := planned.job.layout.split:
             model = planned.job.model
-            text = "the slowest stage is as fast as it can be" if is_balanced(planned.job) else "as asked"
+            text = "the busiest rank has as few as can be" if is_balanced(planned.job) else "as asked"
             yield Decision(
                 subject="pipeline_model_parallel_layout",
                 fate=layout_text(split, model.mtp_num_layers),

@@ -220,7 +220,7 @@ def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]
     few = _few_microbatches(job)
     for name, group, chunks in _schedules(job, names, wishes):
         shares = name in (*_SHARE_VOCABULARY, wishes.schedule) or wishes.vocabulary == "parallel"
-        chunked = laid_out(job, chunks)
+        chunked = laid_out(job, chunks, FAMILIES[name].shape if name in FAMILIES else "round-robin")
         model = Model(chunked, hardware, wishes.device)
         for fused, barriers in _losses(model, wishes):
             if barriers is not None and not shares:

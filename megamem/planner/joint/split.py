@@ -1,4 +1,4 @@
-"""Layers to pipeline stages: evenly where they divide, else so that the slowest stage is as fast as it can be."""
+"""Layers to pipeline stages: evenly where they divide, else so that the busiest rank has as little as can be."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from dataclasses import replace
 from functools import lru_cache
 
 from megamem.ir.job import Job
-from megamem.ir.pipeline_split import Split, balanced_split
+from megamem.ir.pipeline_split import Split, balanced_split, dealt_split
+from megamem.ir.schedule import Placement, Shape
 from megamem.planner.costs.work import layer_work, output_flops
 
 MOST_CHUNKS = 4
 
 
-def laid_out(job: Job, chunks: int) -> Job:
-    """The job with so many chunks per rank; a split of its own stays where it is for as many."""
+def laid_out(job: Job, chunks: int, shape: Shape = "round-robin") -> Job:
+    """The job with so many chunks per rank, placed so; a split of its own stays where it is for as many."""
     layout = job.layout
     if chunks == layout.chunks and (layout.split or job.model.num_layers % layout.num_stages == 0):
         return job
     bare = replace(job, layout=replace(layout, chunks=chunks, split=()))
-    return replace(bare, layout=replace(bare.layout, split=_split(bare)))
+    return replace(bare, layout=replace(bare.layout, split=_split(bare, shape)))
 
 
-def _split(job: Job) -> Split:
+def _split(job: Job, shape: Shape) -> Split:
     """By the FLOPs of layers and output layer. Empty where the layers divide evenly, or are fewer than the stages."""
     model, stages = job.model, job.layout.num_stages
     if model.num_layers % stages == 0 or model.num_layers < stages:
@@ -33,15 +34,21 @@ def _split(job: Job) -> Split:
         and (work := layer_work(job, number))
     }
     costs = tuple(flops[model.is_moe(number)] for number in range(1, model.num_layers + 1))
-    return _balanced(costs, stages, output_flops(job))
+    if job.layout.chunks == 1:
+        return _balanced(costs, stages, output_flops(job))
+    placement = Placement(shape=shape, num_ranks=job.layout.pipeline, num_chunks=job.layout.chunks)
+    ranks = tuple(placement.rank_of(stage) for stage in range(stages))
+    return _dealt(model.num_layers, ranks, output_flops(job) * len(costs) / sum(costs))
 
 
-_balanced = lru_cache(maxsize=4096)(balanced_split)
+_balanced, _dealt = lru_cache(maxsize=4096)(balanced_split), lru_cache(maxsize=4096)(dealt_split)
 
 
 def is_balanced(job: Job) -> bool:
     """Whether the layers are divided as they would be unasked."""
-    return job.layout.split == _split(replace(job, layout=replace(job.layout, split=())))
+    bare = replace(job, layout=replace(job.layout, split=()))
+    shapes: tuple[Shape, ...] = ("round-robin", "v") if job.layout.chunks == 2 else ("round-robin",)
+    return job.layout.split in [_split(bare, shape) for shape in shapes]
 
 
 def possible_chunks(job: Job) -> list[int]:

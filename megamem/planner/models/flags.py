@@ -200,7 +200,7 @@ def _layout(args: argparse.Namespace, world_size: int | None) -> Layout:
     context, chunks = args.context_parallel_size or 1, args.num_virtual_stages_per_pipeline_rank or 1
     if args.num_layers_per_virtual_pipeline_stage:
         chunks = args.num_layers // pipeline // args.num_layers_per_virtual_pipeline_stage
-    split = _split(args, pipeline, max(1, chunks))
+    split = split_of_flags(args, pipeline, max(1, chunks))
     if args.pipeline_model_parallel_layout:
         chunks, over = divmod(len(split), pipeline)
         if over:
@@ -228,13 +228,18 @@ def _layout(args: argparse.Namespace, world_size: int | None) -> Layout:
     )
 
 
-def _split(args: argparse.Namespace, pipeline: int, chunks: int) -> Split:
-    """Layers of every stage; empty where no flag says anything about them. Raises ValueError."""
-    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
-    embedding, loss = args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split
-    if args.pipeline_model_parallel_layout:
-        return parse_layout(args.pipeline_model_parallel_layout)
-    if first or last:
+def split_of_flags(args: argparse.Namespace, pipeline: int, chunks: int) -> Split:
+    """Layers of every stage by Megatron-LM's arguments, those that are there; empty where none says anything of them.
+
+    Raises ValueError where the layers do not divide so.
+    """
+    first, last = (getattr(args, f"decoder_{end}_pipeline_num_layers", None) for end in ("first", "last"))
+    embedding, loss = (
+        bool(getattr(args, f"account_for_{end}_in_pipeline_split", False)) for end in ("embedding", "loss")
+    )
+    if layout := getattr(args, "pipeline_model_parallel_layout", None):
+        return parse_layout(layout)
+    if first is not None or last is not None:
         return ends_split(args.num_layers, pipeline, chunks, first=first, last=last)
     if embedding or loss:
         return padded_split(args.num_layers, pipeline, chunks, embedding=embedding, loss=loss)

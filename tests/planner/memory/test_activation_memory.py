@@ -133,6 +133,8 @@ LAYOUTS: dict[str, Fields] = {
     "pipeline": {"pp": 2},
     "interleaved": {"pp": 2, "vpp": 2},
     "sequence": {"tp": 2, "sp": True},
+    "uneven": {"pp": 2, "config": {"pipeline_model_parallel_layout": "Et*3|tL"}},
+    "uneven, interleaved": {"pp": 2, "vpp": 2, "config": {"pipeline_model_parallel_layout": "E|t|t*2|tL"}},
 }
 FEW = ("stock", "memo, half", "memo, residual", "table")
 
@@ -176,7 +178,7 @@ def stock_schedule(fields: Fields) -> Schedule:
 )
 def test_a_step_holds_at_most_what_is_predicted(dist: Dist, model: str, layout: str) -> None:
     fields = {**(GPT if model == "gpt" else LLAMA), **LAYOUTS[layout]}
-    chosen = FEW if "tp" in fields else tuple(POLICIES)
+    chosen = FEW if "tp" in fields or "config" in fields else tuple(POLICIES)
     configs: dict[str, Fields] = {name: {"activations": POLICIES[name]} if POLICIES[name] else {} for name in chosen}
     ranks = fields.get("tp", 1) * fields.get("pp", 1)
     found = dist(ranks)(peaks_of_policies, fields, configs)

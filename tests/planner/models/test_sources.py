@@ -133,6 +133,37 @@ def test_a_launch_line_is_read_and_written() -> None:
     assert again == job
 
 
+@pytest.mark.parametrize(
+    ("given", "split"),
+    [
+        ("--decoder-first-pipeline-num-layers 14", (14, 18)),
+        ("--pipeline-model-parallel-layout 'Et*8|t*9|(t*5|)*2,t*3|t*2L'", (8, 9, 5, 5, 3, 2)),
+        ("--num-virtual-stages-per-pipeline-rank 2 --decoder-last-pipeline-num-layers 12", (10, 6, 10, 6)),
+        ("--decoder-last-pipeline-num-layers 16", ()),
+    ],
+)
+def test_uneven_stages_are_read_and_written(given: str, split: tuple[int, ...]) -> None:
+    job = job_of_flags(LINE.replace("--num-layers-per-virtual-pipeline-stage 4", given))
+    assert job.layout.split == split and job.problems() == []
+    words = [*flags_of(job), "--vocab-size", "128256", "--max-position-embeddings", "8192"]
+    assert job_of_flags(words, 16) == job
+    assert ("--pipeline-model-parallel-layout" in words) == bool(split)
+    assert not (split and "--num-virtual-stages-per-pipeline-rank" in words)  # Megatron takes one of them
+
+
+def test_uneven_stages_of_a_bridge_configuration_are_read(tmp_path: Path) -> None:
+    path, model = tmp_path / "run.yaml", {**BRIDGE["model"], "pipeline_model_parallel_size": 2}
+    stages = [["embedding", *["decoder"] * 15], ["decoder"] * 9, ["decoder"] * 5, [*["decoder"] * 3, "loss"]]
+    for given, split in (
+        ({"num_layers_in_first_pipeline_stage": 15}, (15, 17)),
+        ({"pipeline_model_parallel_layout": stages, "virtual_pipeline_model_parallel_size": 2}, (15, 9, 5, 3)),
+        ({"virtual_pipeline_model_parallel_size": 2}, ()),
+    ):
+        path.write_text(yaml.safe_dump({**BRIDGE, "model": {**model, **given}}), encoding="utf-8")
+        layout = job_of_yaml(path, 8).layout
+        assert (layout.split, layout.chunks) == (split, 2 if "virtual_pipeline_model_parallel_size" in given else 1)
+
+
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "deepseek-v3", "gpt3-175b", "qwen2.5-7b"])
 def test_flags_of_a_model_give_the_model_back(name: str) -> None:
     from dataclasses import replace
@@ -150,6 +181,9 @@ def test_flags_of_a_model_give_the_model_back(name: str) -> None:
         (LINE.replace("--vocab-size 128256", ""), "--vocab-size: needed"),
         (LINE.replace("--num-layers 32", "--num-layers x"), "argument --num-layers: invalid int value"),
         (LINE.replace("--nproc_per_node 8 --nnodes=2", "--nproc_per_node 3"), "3 ranks cannot hold .* use 8 ranks"),
+        (f"{LINE} --pipeline-model-parallel-layout Et|x|tL", "'x' is none of E, t, m, L"),
+        (f"{LINE} --pipeline-model-parallel-layout Et|t*30|tL", "3 stages, which 2 pipeline ranks cannot .*make it 4"),
+        (f"{LINE} --decoder-last-pipeline-num-layers 13", "19 layers of a pipeline rank cannot be divided by 4 chunks"),
     ],
 )
 def test_a_wrong_launch_line_is_refused(line: str, reason: str) -> None:
