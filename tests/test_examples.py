@@ -288,6 +288,14 @@ class TestPipelineSchedules:
         peaks = output.partition("predicted peak")[2].splitlines()[0].split(",")
         assert len(peaks) == 4 and max(map(float, peaks)) <= 3
 
+    def test_stages_of_uneven_layers_are_trained_as_by_stock(self, small: list[object]) -> None:
+        """Five layers in the four stages of a V on two ranks, with activations swapped."""
+        uneven = ["--pipeline-model-parallel-size", 2, "--num-layers", 5]
+        uneven += ["--pipeline-model-parallel-layout", "Et|t*2|t|tL", "--train-iters", 2]
+        on = ["--megamem-schedule-name", "v-half", "--megamem-activations-policy", "memo"]
+        output = run(2, *small, *uneven, *on, "--compare")
+        assert "2 ranks x 2 chunks (v)" in output and "bitwise equal" in output
+
 
 class TestVocabularyParallel:
     """Embeddings shared by all ranks, on and off, in any schedule and layout, through the same checkpoints."""
@@ -391,6 +399,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 
 PIPELINE = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 8"
+UNEVEN = "--pipeline-model-parallel-size 2 --num-layers 5"
 
 
 class TestBadFlags:
@@ -429,6 +438,15 @@ class TestBadFlags:
                 4,
                 f"{PIPELINE} --megamem-schedule-name zb-h1 --num-virtual-stages-per-pipeline-rank 2",
                 "zb-h1 works with 1 chunks per rank, not 2; nearest: 1 chunks",
+            ),
+            (2, f"{UNEVEN} --pipeline-model-parallel-layout Et*3|tL", "has 4 layers, --num-layers is 5"),
+            (2, f"{UNEVEN} --pipeline-model-parallel-layout Et|t*3|tL", "3 stages, which 2 pipeline ranks cannot"),
+            (2, f"{UNEVEN} --pipeline-model-parallel-layout Et|xL", "'x' is none of E, t, m, L"),
+            (2, f"{UNEVEN} --decoder-last-pipeline-num-layers 7", "-2 of 5 layers cannot be divided"),
+            (
+                2,
+                f"{UNEVEN} --pipeline-model-parallel-layout Et|t*4L --decoder-last-pipeline-num-layers 4",
+                "says it all; leave --decoder-last-pipeline-num-layers out",
             ),
             (4, f"{PIPELINE} --megamem-schedule-name v-half --megamem-schedule-memory-limit 1", "limit"),
             (4, f"{PIPELINE} --megamem-schedule-name 1f1b --megamem-schedule-memory-limit 4GiB", "megamem profile"),
