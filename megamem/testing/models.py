@@ -146,15 +146,17 @@ def build_gpt(
         vp_stage = stage if case.vpp else None
         if vp_stage is not None:
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
+        layers = (spec or _layer_spec(case))(config, vp_stage)
         model = GPTModel(
             config,
-            (spec or _layer_spec(case))(config, vp_stage),
+            layers,
             vocab_size=case.vocab,
             max_sequence_length=case.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=case.vpp is None, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=case.vpp is None, vp_stage=vp_stage),
             share_embeddings_and_output_weights=case.tied,
             position_embedding_type=case.position,
+            mtp_block_spec=_mtp_spec(case, config, layers, vp_stage) if config.mtp_num_layers else None,
             vp_stage=vp_stage,
         )
         _fill(model)
@@ -189,6 +191,12 @@ def _layer_spec(case: GptCase) -> SpecMaker:
         return made
 
     return make
+
+
+def _mtp_spec(case: GptCase, config: TransformerConfig, layers: Any, vp_stage: int | None) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    return get_gpt_mtp_block_spec(config, layers, case.transformer_engine, vp_stage=vp_stage)
 
 
 def _wrap(chunk: torch.nn.Module, config: TransformerConfig, case: GptCase) -> torch.nn.Module:
