@@ -14,11 +14,9 @@ pytestmark = pytest.mark.megatron
 
 Dist = Callable[[int], Callable[..., list[Any]]]
 Fields = dict[str, Any]
-MODEL: Fields = {
-    **{"hidden": 32, "heads": 4, "sequence": 32, "vocab": 64, "kv_groups": 2, "ffn": 96, "layers": 4},
-    **{"activation": "swiglu", "norm": "RMSNorm", "bias": False},
-    "config": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1},
-}
+SIZES: Fields = {"hidden": 32, "heads": 4, "sequence": 32, "vocab": 64, "kv_groups": 2, "ffn": 96, "layers": 4}
+LLAMA: Fields = {"activation": "swiglu", "norm": "RMSNorm", "bias": False}
+MODEL: Fields = {**SIZES, **LLAMA, "config": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}}
 CONFIGS: dict[str, Fields] = {
     "zb-h1": {"schedule": {"name": "zb-h1"}},
     "1f1b, memo": {"schedule": {"name": "1f1b"}, "activations": {"policy": "memo", "keep_last_layers": 0}},
