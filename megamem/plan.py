@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamem.errors import ConfigError
+from megamem.errors import ConfigError, InfeasibleError
 from megamem.options import Bytes, Invalid
 from megamem.plan_profile import load_script_profile, machine_of, text_as_it_ran
 
 if TYPE_CHECKING:
     from megamem.config import Config
     from megamem.ir.job import Job
-    from megamem.ir.plan import MadeFor
     from megamem.ir.what_if import WhatIf
+    from megamem.planner.hardware import Hardware
     from megamem.planner.joint.layout import Wishes
     from megamem.planner.joint.search import Fixed
 
@@ -46,6 +46,7 @@ _LAYOUT = {
     "expert": "--expert-model-parallel-size",
     "micro_batch_size": "--micro-batch-size",
 }
+_MEMORIES = ("host_memory", "device_memory")
 _TOKENS_PER_STEP = 4 << 20  # of the default batch
 
 
@@ -99,6 +100,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--device-memory", metavar="SIZE", help="of each GPU, for training (default: all of it but 5 %%)"
     )
     wishes.add_argument("--host-memory", metavar="SIZE", help="pinned memory per GPU (default: half of the machine's)")
+    _add_settings(plan)
     inverse = plan.add_argument_group("the inverse questions").add_mutually_exclusive_group()
     inverse.add_argument("--max-seq", action="store_true", help="the longest sequence that fits")
     inverse.add_argument("--min-gpus", action="store_true", help="the fewest GPUs on which it fits")
@@ -110,6 +112,51 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     form.add_argument("--flags", action="store_true", help="print the flags of Megatron-LM that go with it")
     output.add_argument("--top", metavar="K", type=int, default=8, help="alternatives to show (default: %(default)s)")
     plan.set_defaults(run=run_plan)
+
+
+def _add_settings(plan: argparse.ArgumentParser) -> None:
+    """A configuration to begin with. Of its flags `--help` shows those that nothing else here asks for."""
+    from megamem.config import add_arguments
+
+    before = set(plan._actions)
+    add_arguments(plan)
+    shown = ("megamem_fp8_", "megamem_mlp_", "megamem_vocabulary_keep_logits")
+    for action in plan._actions:
+        if action.dest == "megamem":
+            action.help = (
+                "a configuration to begin with: what it switches on is kept, the rest is weighed; single --megamem "
+                "flags, those of --from-megatron-args and a megamem: block in --from-yaml count too"
+            )
+        elif action not in before and not action.dest.startswith(shown):
+            action.help = argparse.SUPPRESS
+
+
+def given_config(arguments: argparse.Namespace) -> Config:
+    """What is asked of megamem itself: by flags, a file, the launch line or the job's own file. Raises ConfigError.
+
+    Of a job that was measured: what changes its numbers (`fp8`, `mlp`); all else is weighed anew.
+    """
+    import shlex
+
+    from megamem.config import load_config
+    from megamem.flags import request_of, split_flags
+    from megamem.yamlfile import find_block
+
+    asked = request_of(arguments)
+    source: Any = None
+    if arguments.from_megatron_args is not None:
+        source = split_flags(shlex.split(arguments.from_megatron_args))[0].config
+    elif arguments.from_yaml is not None:
+        source = find_block(Path(arguments.from_yaml))
+    elif arguments.from_profile is not None:
+        settings = load_script_profile(arguments.from_profile).settings
+        ran = json.loads(settings) if settings else {}
+        source = {name: ran[name] for name in ("fp8", "mlp") if name in ran}
+    if source is None or not load_config(source).enabled:
+        return asked.config
+    if asked.file is not None:
+        raise ConfigError(f"--megamem {asked.file} beside the settings of the job itself; remove one of them")
+    return load_config(source, asked.overrides)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
@@ -177,12 +224,49 @@ def _read(path: str) -> Config:
 
 def _made(arguments: argparse.Namespace) -> Config:
     from megamem.planner.hardware import load_hardware
-    from megamem.planner.joint import explain, search
-    from megamem.planner.joint.layout import plan_layout
+    from megamem.planner.joint.given import carried
 
     job, gpus, fixed = job_of(arguments)
     hardware = load_hardware(arguments.gpu or machine_of(arguments.from_profile) or "h100")
-    wishes = _wishes(arguments, hardware.host_memory)
+    given = given_config(arguments)
+    wishes = _wishes(arguments, hardware.host_memory, given)
+    if problems := wishes.options.problems(job):
+        raise ConfigError(problems)
+    try:
+        return carried(_best(arguments, job, gpus, fixed, hardware, wishes), given)
+    except InfeasibleError as fault:
+        raise InfeasibleError(f"{fault}{_in_8_bits(arguments, job, gpus, fixed, hardware, wishes)}") from None
+
+
+def _in_8_bits(
+    arguments: argparse.Namespace, job: Job, gpus: int, fixed: Fixed, hardware: Hardware, wishes: Wishes
+) -> str:
+    """What is to be said, behind that nothing fits, of saved activations in 8 bits, which no plan chooses unasked."""
+    from megamem.planner.layer_options import LayerOptions
+    from megamem.sections import LowPrecision
+
+    options = LayerOptions(low_precision=LowPrecision(saved_activations="mlp"))
+    if arguments.max_seq or arguments.min_gpus or wishes.options.rebuilds or options.problems(job):
+        return ""
+    try:
+        found = _best(arguments, job, gpus, fixed, hardware, replace(wishes, options=options)).plan
+    except InfeasibleError:
+        return ""
+    assert found is not None and found.predicted is not None
+    seconds, layout = found.predicted.step_seconds, found.made_for.job.layout
+    return (
+        f"; with --megamem-fp8-saved-activations mlp it fits, {seconds:.4g} s a step on {layout.text()} "
+        "(gradients carry the error of 8 bits, so it is not chosen unasked)"
+    )
+
+
+def _best(
+    arguments: argparse.Namespace, job: Job, gpus: int, fixed: Fixed, hardware: Hardware, wishes: Wishes
+) -> Config:
+    """The plan that was asked for: of a sequence length, of a number of GPUs, or of the job as it is."""
+    from megamem.planner.joint import explain, search
+    from megamem.planner.joint.layout import plan_layout
+
     progress = _progress()
     if arguments.max_seq:
         length, planned = search.longest_sequence(job, gpus, hardware, wishes, fixed, progress)
@@ -284,9 +368,10 @@ def tokens(text: str) -> int:
     return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
 
 
-def _wishes(arguments: argparse.Namespace, machine: int) -> Wishes:
+def _wishes(arguments: argparse.Namespace, machine: int, given: Config) -> Wishes:
     from megamem.options import suggestion
     from megamem.planner.joint.decide import HOST_SHARE
+    from megamem.planner.joint.given import wishes_given
     from megamem.planner.joint.layout import Wishes
     from megamem.sections import SCHEDULES, Activations
 
@@ -297,15 +382,20 @@ def _wishes(arguments: argparse.Namespace, machine: int) -> Wishes:
         "memo": Activations(policy="memo", swap_fraction="auto"),
         "ordered": Activations(policy="ordered", swap_fraction="auto"),
     }
-    host = _size("--host-memory", arguments.host_memory)
-    return Wishes(
+    host, device = (_size(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in _MEMORIES)
+    if host is None and given.activations.host_memory != "auto":
+        host = given.activations.host_memory
+    if device is None and given.planner.device_memory != "auto":
+        device = given.planner.device_memory
+    wishes = Wishes(
         schedule=arguments.schedule,
         vocabulary=arguments.vocabulary,
         allocator=arguments.allocator,
         activations=policies.get(arguments.activations, arguments.activations),
         host=float(machine * HOST_SHARE if host is None else host),
-        device=_size("--device-memory", arguments.device_memory),
+        device=device,
     )
+    return wishes_given(given, wishes)
 
 
 def _size(flag: str, text: str | None) -> int | None:
@@ -343,28 +433,33 @@ def _page(config: Config, arguments: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"megamem": config.settings()}
     text = yaml.safe_dump(settings, sort_keys=False, width=100)
     command = "megamem plan " + (f"--read {arguments.read}" if arguments.read else "")
-    report = PlanReport(
-        plan=config.plan, settings=text, command=command.strip(), what_if=_grid(config.plan.made_for, arguments)
-    )
+    report = PlanReport(plan=config.plan, settings=text, command=command.strip(), what_if=_grid(config, arguments))
     _write(Path(arguments.html), render_page(report))
 
 
-def _grid(made_for: MadeFor, arguments: argparse.Namespace) -> WhatIf | None:
-    """What is planned at other sequence lengths and host memory; None for a plan whose GPUs are not known here."""
+def _grid(config: Config, arguments: argparse.Namespace) -> WhatIf | None:
+    """What is planned at other sequence lengths and host memory; None for a plan whose GPUs are not known here.
+
+    Of a plan that is read only what changes the job's numbers is kept (`fp8`, `mlp`).
+    """
+    from megamem.config import Config
     from megamem.planner.hardware import load_hardware
     from megamem.planner.joint.split import laid_out
     from megamem.planner.joint.what_if import what_if
 
+    assert config.plan is not None
+    made_for = config.plan.made_for
     try:
         hardware = load_hardware(made_for.hardware)
     except ConfigError as fault:
         print(f"the page has no what-if: {fault}", file=sys.stderr)
         return None
     job = made_for.job
+    given = Config(fp8=config.fp8, mlp=config.mlp) if arguments.read else given_config(arguments)
     if not arguments.read:  # chunks that were not asked for are searched again
         _, _, fixed = job_of(arguments)
         job = job if job.layout.chunks == (fixed.chunks or 1) else laid_out(job, fixed.chunks or 1)
     progress = _progress()
-    found = what_if(job, hardware, _wishes(arguments, hardware.host_memory), progress=progress)
+    found = what_if(job, hardware, _wishes(arguments, hardware.host_memory, given), progress=progress)
     progress("")
     return found

@@ -11,6 +11,8 @@ from megamem.ir.activation import EXPERTS, TENSORS, Fate
 from megamem.options import Invalid, suggestion
 from megamem.yamlfile import read_inline
 
+MLP = "mlp"
+"""The one module without a path that a row can name: what it saves itself is what its activation function is given."""
 _MODULE_PATH = re.compile(r"^[A-Za-z_]\w*(\.\w+)+$")
 _PART = re.compile(r"^(?:(?P<all>all)|(?P<end>first|last)\s+(?P<count>\d+)|(?P<start>\d+)(?:\s*-\s*(?P<stop>\d+))?)$")
 _EXAMPLES = '"all", "1-4", "1,3", "first 1" or "last 2"'
@@ -88,7 +90,7 @@ class Table:
         row = {
             "type": "object",
             "required": ["layers"],
-            "properties": {"layers": layers, **dict.fromkeys(TENSORS, fate)},
+            "properties": {"layers": layers, **dict.fromkeys((*TENSORS, MLP), fate)},
             "patternProperties": {_MODULE_PATH.pattern: fate},
             "additionalProperties": False,
         }
@@ -131,7 +133,7 @@ def _text(fate: Fate) -> str:
 def _fate(key: str, value: object) -> Fate:
     if key.strip().isdigit():
         raise Invalid('is no tensor; a list of layers is quoted, such as layers: "1,3"')
-    if key not in TENSORS and not _MODULE_PATH.match(key):
+    if key not in (*TENSORS, MLP) and not _MODULE_PATH.match(key):
         raise Invalid(f"unknown tensor; {suggestion(key, TENSORS)} (a module needs its path, such as mlp.linear_fc2)")
     if isinstance(value, Fate):
         fate = value

@@ -39,6 +39,7 @@ from megamem.config import Mlp
 from megamem.errors import UnsupportedError
 from megamem.integrations import compat
 from megamem.integrations.capability import Capability
+from megamem.ir.tiles import automatic_tiles
 from megamem.kernels.linear_cross_entropy.autograd import mark_added
 from megamem.patches import GROUPS
 from megamem.patches.registry import Patch
@@ -49,7 +50,6 @@ from megamem.runtime.tiles.parts import AbstractTiled, AbstractTileStore, Gradie
 
 PATH = "mlp"  # in a layer
 _FLAG = "grad_added_to_main_grad"
-LEAST_ROWS = 1024  # of a tile's matrix products, with auto
 
 
 @final
@@ -223,8 +223,7 @@ def num_tiles(module: Any, hidden: Tensor) -> int:
     gathered = int(module.config.tensor_model_parallel_size) if module.config.sequence_parallel else 1
     width: int = max(parameter.shape[0] for parameter in module.linear_fc1.parameters() if parameter.dim() > 1)
     rows = hidden.shape[0] * hidden.shape[1] * gathered
-    wanted = max(-(-width * gathered // hidden.shape[-1]), gathered)
-    return max(min(wanted, rows // LEAST_ROWS), 1)
+    return automatic_tiles(rows, width=width, hidden=hidden.shape[-1], gathered=gathered)
 
 
 def _problems(module: Any) -> list[str]:

@@ -27,7 +27,9 @@ from megamem.ir.activation import ANCHORS, BASE, KEEP, RECOMPUTE, SAVED, SWAP, A
 
 _ATTENTION = "self_attention.core_attention"
 _SAFE = ("self_attention.linear_qkv", "mlp")  # modules, in whose saved tensors an error stays where it is
-_CODED = {"mlp": ("mlp",), "all": ("mlp", "input_layernorm", "pre_mlp_layernorm")}  # modules that save 8 bits
+CODED = "mlp"
+"""The module that saves the input of its activation function in 8 bits, with `fp8.saved_activations: mlp` and `all`."""
+_CODED = {"mlp": (CODED,), "all": (CODED, "input_layernorm", "pre_mlp_layernorm")}  # modules that save 8 bits
 _EXPERTS = {"keep": KEEP, "swap": SWAP, "recompute": KEEP}  # recomputed by Megatron's own checkpoint of the MoE layer
 
 
@@ -41,7 +43,7 @@ def plan_activations(
     coded = () if low_precision is None else _CODED.get(low_precision.saved_activations, ())
     fates = _policy(options)
     if coded and options.policy == "ordered":
-        fates |= {"mlp": fates["fc1"], "fc1": RECOMPUTE}
+        fates |= {CODED: fates["fc1"], "fc1": RECOMPUTE}
     kept = options.keep_last_layers if options.policy in ("memo", "ordered") else 0
     rows: list[dict[str, Fate]] = [{} for _ in range(num_layers)]
     for row in options.table:

@@ -22,6 +22,7 @@ from megamem.planner.costs.layer import LayerTime, PassTime
 from megamem.planner.costs.recompute import replay_seconds
 from megamem.planner.costs.work import output_flops, output_traffic
 from megamem.planner.hardware import Hardware
+from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.activations import ActivationMemory
 from megamem.planner.memory.device import output_bytes, shared_bytes, static_bytes, transient_bytes
 from megamem.planner.memory.ledger import Book, LayerBytes
@@ -47,6 +48,7 @@ class Setup:
     schedule:    of its pipeline; one rank for none
     plan:        fates of the activations; None: left to autograd
     fused_loss, barriers:  the output layer: whole on the last stage, fused with its loss, or shared by all ranks
+    keep_logits: those of a shared output layer are kept from S to T
     static:      the allocator works from a plan
     recompute_all:  Megatron's full recomputation, which runs attention again
     more:        microbatches of the step beyond those of the schedule: one more of each takes as long as the busiest
@@ -57,6 +59,7 @@ class Setup:
     plan: ActivationPlan | None = None
     fused_loss: bool = False
     barriers: Barriers | None = None
+    keep_logits: bool = False
     static: bool = False
     recompute_all: bool = False
     more: int = 0
@@ -109,10 +112,13 @@ class Model:
     """A job on some hardware; what does not depend on the setup is computed once.
 
     device_limit:  bytes of device memory for training; None: all that the device has but its headroom
+    options:       what changes what its layers save
     """
 
-    def __init__(self, job: Job, hardware: Hardware, device_limit: int | None = None) -> None:
-        self.job, self.hardware = job, hardware
+    def __init__(
+        self, job: Job, hardware: Hardware, device_limit: int | None = None, options: LayerOptions = STOCK_LAYERS
+    ) -> None:
+        self.job, self.hardware, self.options = job, hardware, options
         self.limit = hardware.for_training if device_limit is None else device_limit
         self._layers: dict[bool, LayerTime] = {}
         self._transients: dict[bool, tuple[int, int]] = {}
@@ -121,7 +127,7 @@ class Model:
         """The times of a layer; layers that are alike share them."""
         is_moe = self.job.model.is_moe(number)
         if is_moe not in self._layers:
-            self._layers[is_moe] = LayerTime(self.job, number, self.hardware)
+            self._layers[is_moe] = LayerTime(self.job, number, self.hardware, self.options)
         return self._layers[is_moe]
 
     @property
@@ -135,7 +141,7 @@ class Model:
         """Working space of a layer's forward and backward pass."""
         is_moe = self.job.model.is_moe(number)
         if is_moe not in self._transients:
-            self._transients[is_moe] = transient_bytes(self.job, number)
+            self._transients[is_moe] = transient_bytes(self.job, number, self.options)
         return self._transients[is_moe]
 
     @cached_property
@@ -147,6 +153,10 @@ class Model:
         nbytes = self.job.tokens * self.job.model.hidden_size * self.job.itemsize
         stride = layout.world_size // layout.pipeline  # pipeline ranks are the outermost dimension
         return nbytes / self.hardware.bandwidth(2, stride) + self.hardware.latency
+
+    def memory(self, plan: ActivationPlan | None, *, recompute_all: bool = False) -> ActivationMemory:
+        """What the layers hold under an activation plan."""
+        return ActivationMemory(self.job, plan, self.options, recompute_all=recompute_all)
 
     def price(self, setup: Setup) -> Priced:
         """Time and memory of a setup."""
@@ -163,7 +173,7 @@ class _Pricing:
     def __init__(self, model: Model, setup: Setup) -> None:
         self.model, self.setup, self.job = model, setup, model.job
         self.placement: Placement = setup.schedule.placement
-        self.memory = ActivationMemory(self.job, setup.plan, recompute_all=setup.recompute_all)
+        self.memory = model.memory(setup.plan, recompute_all=setup.recompute_all)
         self.last = self.placement.num_stages - 1
 
     def run(self) -> Priced:
@@ -225,13 +235,15 @@ class _Pricing:
 
     def _again(self, number: int, layer: LayerBytes) -> float:
         """Recomputation of a layer."""
+        always = self.model.layer(number).again
         if self.setup.recompute_all:
-            return self.model.layer(number).forward.total
+            return self.model.layer(number).forward.total + always
         if self.setup.plan is None:
-            return 0.0
+            return always
         before = None if layer.stores_input else self.model.layer(number - 1)
         tensors = self.memory.kind(number).tensors
-        return replay_seconds(self.model.layer(number), tensors, self.setup.plan.rule(number), before=before)
+        replay = replay_seconds(self.model.layer(number), tensors, self.setup.plan.rule(number), before=before)
+        return always + replay
 
     def _waits(self, stage: int, copied: Sequence[CopiedLayer]) -> Stalls:
         to_host, from_host = self.model.rates
@@ -269,7 +281,8 @@ class _Pricing:
             embed=lookup,
             embed_grad=lookup,
             collective=2 * self.model.hop,
-            kept=float(shared_bytes(self.job, self.setup.barriers)),
+            kept=float(self._shared_bytes),
+            recompute=loss / 2 if self.setup.keep_logits else None,  # T reads them all the same
         )
 
     def _kinds(self, stages: Sequence[StageTime], simulation: Simulation) -> tuple[int, dict[str, float]]:
@@ -336,7 +349,7 @@ class _Pricing:
             if total > most:
                 fullest, most = (moment, output + shared, space), total
             if action.kind == "T":
-                shared -= shared_bytes(self.job, self.setup.barriers or 1)
+                shared -= self._shared_bytes
         moment, output, space = fullest
         kinds |= moment._asdict() | {"output_layer": output, "transients": space}
         kinds["fragmentation"] = round(share * max(0, most))
@@ -349,7 +362,13 @@ class _Pricing:
         )
 
     def _shared(self, action: Action) -> int:
-        return shared_bytes(self.job, self.setup.barriers or 1) if action.kind == "S" else 0
+        return self._shared_bytes if action.kind == "S" else 0
+
+    @cached_property
+    def _shared_bytes(self) -> int:
+        """Of a microbatch between S and T."""
+        setup, ranks = self.setup, self.placement.num_ranks
+        return shared_bytes(self.job, setup.barriers or 1, shards=ranks, keep_logits=setup.keep_logits)
 
     def _space(self, action: Action, rank: int) -> tuple[int, int]:
         """Bytes that an action holds besides what layers save: of the output layer, and working space."""

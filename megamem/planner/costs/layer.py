@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megamem.ir.job import Job
+from megamem.planner.costs.options import OptionWork, option_work
 from megamem.planner.costs.work import LayerWork, layer_work
 from megamem.planner.hardware import Hardware
+from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.parameters import kv_width
 
 _ANCHORS = ("qkv", "projection", "fc1")
@@ -40,9 +42,10 @@ class PassTime:
 class LayerTime:
     """The times of layer `number` (from 1) of a job on one rank of `hardware`."""
 
-    def __init__(self, job: Job, number: int, hardware: Hardware) -> None:
+    def __init__(self, job: Job, number: int, hardware: Hardware, options: LayerOptions = STOCK_LAYERS) -> None:
         self.job, self.number, self.hardware = job, number, hardware
         self.work: LayerWork = layer_work(job, number)
+        self.more: OptionWork = option_work(job, number, options)
 
     @cached_property
     def forward(self) -> PassTime:
@@ -51,8 +54,9 @@ class LayerTime:
         return PassTime(
             gemm=self.work.gemm / self.hardware.gemm,
             attention=attention,
-            elementwise=self.work.traffic / self.hardware.hbm,
-            tensor_parallel=4 * self._gather,  # two all-gathers and two reduce-scatters, or two all-reduces
+            elementwise=(self.work.traffic + self.more.forward) / self.hardware.hbm,
+            # Two all-gathers and two reduce-scatters, or two all-reduces; those of the MLP for each tile.
+            tensor_parallel=4 * self._gather + 2 * self._latencies,
             context_parallel=max(0.0, self._ring - self._covered(attention)),
             expert_parallel=2 * self._exchange,
         )
@@ -63,10 +67,10 @@ class LayerTime:
         attention, product = self._attention_back(), self.work.gemm / self.hardware.gemm
         gathers = 2 * self._gather
         return PassTime(
-            gemm=product,
+            gemm=product + self._early,
             attention=attention,
-            elementwise=self.work.traffic_back / self.hardware.hbm,
-            tensor_parallel=gathers + max(0.0, gathers - product) + max(0.0, gathers - product),
+            elementwise=(self.work.traffic_back + self.more.backward) / self.hardware.hbm,
+            tensor_parallel=gathers + 2 * max(0.0, gathers - product) + 2 * self._latencies,
             context_parallel=max(0.0, 2 * self._ring - self._covered(attention)),
             expert_parallel=2 * self._exchange,
         )
@@ -74,7 +78,27 @@ class LayerTime:
     @cached_property
     def weight(self) -> PassTime:
         """The gradients of the weights."""
-        return PassTime(gemm=self.work.gemm / self.hardware.gemm)
+        return PassTime(gemm=self.work.gemm / self.hardware.gemm - self._early)
+
+    @cached_property
+    def again(self) -> float:
+        """What the layer's own options compute a second time in every backward pass."""
+        return self.more.again / self.hardware.hbm
+
+    @property
+    def tiles(self) -> int:
+        """In which the MLP runs; 0: whole."""
+        return self.more.tiles
+
+    @cached_property
+    def _early(self) -> float:
+        """Weight gradients that are computed with those of the inputs: of an MLP in tiles."""
+        return (self.work.gemms["fc1"] + self.work.gemms["fc2"]) / self.hardware.gemm if self.tiles else 0.0
+
+    @property
+    def _latencies(self) -> float:
+        """Of the collectives of all tiles but the first."""
+        return max(0, self.tiles - 1) * self.hardware.latency if self.job.layout.tensor > 1 else 0.0
 
     def anchor(self, name: str) -> float:
         """Running the module of an anchor again: its product, and the collective that it needs."""
@@ -83,7 +107,7 @@ class LayerTime:
     @cached_property
     def rebuild(self) -> float:
         """The element-wise part of rebuilding everything that the layer saved from its input and attention output."""
-        return self.work.replayed / self.hardware.hbm
+        return (self.work.replayed + self.more.replayed) / self.hardware.hbm
 
     @property
     def anchors(self) -> Mapping[str, float]:

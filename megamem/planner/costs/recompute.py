@@ -2,7 +2,8 @@
 
 A replay runs the layer's forward on the tokens that are not stored, attention answered from the store, and the outputs
 of anchors answered as far as they are stored; it ends at the last tensor that is missing, before the product of fc2
-(`runtime.activations.recipe`, `replay`).
+(`runtime.activations.recipe`, `replay`). No replay looks into an MLP that runs in tiles: they run its first product
+again for what is not stored of it. What `LayerTime.again` has is not counted here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from megamem.ir.activation import LayerRule
 from megamem.planner.costs.layer import LayerTime
 from megamem.planner.memory.inventory import Saved
+from megamem.planner.memory.ledger import fate_of_tiles
 
 
 def replay_seconds(
@@ -20,8 +22,10 @@ def replay_seconds(
     """Recomputation of one layer in one microbatch. `before`: the layer from which the input is rebuilt, if it is."""
     if rule.untouched:
         return 0.0
-    stored = [rule.fate_of(one.name).fraction for one in tensors if one.rebuilt and not one.routed]
+    stored = [rule.fate_of(one.name).fraction for one in tensors if one.rebuilt and not (one.routed or one.tiled)]
     seconds = 0.0 if before is None else before.residual
+    if layer.tiles:
+        seconds += (1.0 - fate_of_tiles(rule).fraction) * layer.anchor("fc1")
     first = min(stored, default=1.0)
     if first >= 1.0:
         return seconds
@@ -29,5 +33,7 @@ def replay_seconds(
     if layer.job.model.latent is not None:
         seconds += (1.0 - first) * layer.anchor("qkv")
     for name, whole in layer.anchors.items():
+        if layer.tiles and name == "fc1":
+            continue  # its own tiles run it again
         seconds += (1.0 - max(first, rule.fates[name].fraction)) * whole
     return seconds

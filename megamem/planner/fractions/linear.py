@@ -138,13 +138,13 @@ class _Programme:
         limits = self.problem.limits
         self._at_most(swapped, limits.host)
         for number, group in enumerate(groups):
-            staged = {(number, name, _SWAPPED): nbytes for name, nbytes in group.nbytes.items()}
+            staged = {(number, name, _SWAPPED): group.together(name) for name in group.nbytes}
             self._at_most(
                 {**kept, **{name: (1 + limits.lag) * nbytes for name, nbytes in staged.items()}}, limits.device - held
             )
             at_work = {**kept, **staged}
             for name in group.nbytes:
-                at_work[number, name, _KEPT] -= group.resident(name)
+                at_work[number, name, _KEPT] -= group.resident(name) - group.beside.get(name, 0.0)
             self._at_most(at_work, limits.device - held - whole_bytes(group) + group.held)
 
     def by_simplex(self) -> Sequence[float] | None:

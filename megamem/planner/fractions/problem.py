@@ -40,6 +40,7 @@ class Group:
     storage:    bytes that a tensor takes where it is kept, if more than its own (a view keeps all of its storage)
     tiers:      tensors that may only be `kept`, or only be `swapped`
     of:         layers of the group that this one is a part of; 0: it is whole
+    beside:     bytes of a tensor that are never all back while the layer is at work: of an MLP in tiles
     held:       bytes that stay in device memory whatever is decided
     forward, backward:  seconds of one layer's passes, recomputation not counted
     """
@@ -51,6 +52,7 @@ class Group:
     backward: float
     held: float = 0.0
     storage: Mapping[str, float] = field(default_factory=dict)
+    beside: Mapping[str, float] = field(default_factory=dict)
     tiers: Mapping[str, str] = field(default_factory=dict)
     of: int = 0
 
@@ -65,6 +67,10 @@ class Group:
     def resident(self, name: str) -> float:
         """Bytes of a tensor that is kept."""
         return self.storage.get(name, self.nbytes[name])
+
+    def together(self, name: str) -> float:
+        """Bytes of a tensor that are there at once when it is back."""
+        return self.nbytes[name] - self.beside.get(name, 0.0)
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -169,7 +175,13 @@ def cost(problem: Problem, shares: tuple[Shares, ...]) -> float:
 
 def whole_bytes(group: Group) -> float:
     """Everything of one layer and microbatch, as it is when its backward pass runs."""
-    return group.held + sum(group.nbytes[name] for name in (*BASE, SAVED) if name in group.nbytes)
+    return group.held + sum(group.together(name) for name in (*BASE, SAVED) if name in group.nbytes)
+
+
+def at_work_bytes(group: Group, shares: Shares) -> float:
+    """Bytes of the layer at work beyond those that it has kept."""
+    there = sum((group.resident(name) - group.beside.get(name, 0.0)) * share for name, share in shares.kept.items())
+    return whole_bytes(group) - group.held - there
 
 
 def device_bytes(problem: Problem, shares: tuple[Shares, ...]) -> float:
@@ -180,8 +192,8 @@ def device_bytes(problem: Problem, shares: tuple[Shares, ...]) -> float:
     for moment in problem.moments:
         kept = sum(count * g.layers * kept_bytes(g, s) for count, (g, s) in zip(moment, pairs, strict=True))
         for group, one in pairs:
-            copied = swapped_bytes(group, one)
-            most = max(most, kept + (1 + lag) * copied, kept + whole_bytes(group) - kept_bytes(group, one) + copied)
+            copied = sum(group.together(name) * share for name, share in one.swapped.items())
+            most = max(most, kept + (1 + lag) * copied, kept + at_work_bytes(group, one) + copied)
     return most
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megamem.ir.activation import BASE, SAVED, Fate
+from megamem.ir.activation import BASE, RECOMPUTE, SAVED, Fate
 from megamem.ir.schedule import Schedule
+from megamem.planner.activations import CODED
 from megamem.planner.evaluation import Model
 from megamem.planner.fractions.linear import solve
 from megamem.planner.fractions.problem import Group, Limits, Problem
@@ -32,7 +33,7 @@ def groups_of(model: Model, schedule: Schedule, rank: int, every: int = 1) -> li
 
     every: `activations.residual_every`; of `every` layers one stores its input, the others rebuild it
     """
-    placement, memory = schedule.placement, ActivationMemory(model.job, None)
+    placement, memory = schedule.placement, model.memory(None)
     undivided = any(action.kind == "BW" for action in schedule.ranks[rank])
     found = []
     for chunk in range(placement.num_chunks):
@@ -55,18 +56,24 @@ def _group(model: Model, memory: ActivationMemory, numbers: Sequence[int], *, un
     base = {one.name: float(one.nbytes) for one in own if one.name in BASE}
     base["attention_output"] += scratch  # the log-sum-exp goes where attention's output goes
     again = 0.0 if model.job.model.latent is None else times.anchor("qkv")
+    anchors = {anchor.name: float(anchor.nbytes) for anchor in kind.anchors}
+    if model.options.codes_activations and "fc1" in anchors:  # stored in its place
+        anchors["fc1"] = float(sum(one.nbytes for one in rest if one.name == CODED))
+    tiled = float(sum(one.nbytes for one in rest if one.tiled))
+    away = max(0.0, 1.0 - 2.0 / kind.tiles) if kind.tiles else 0.0
     return Group(
         layers=len(numbers),
         nbytes={
             **base,
-            **{anchor.name: float(anchor.nbytes) for anchor in kind.anchors},
+            **anchors,
             SAVED: float(sum(one.nbytes for one in rest)),
         },
         seconds={**times.anchors, SAVED: times.rebuild + again},
         forward=times.forward.total,
-        backward=times.backward.total + (times.weight.total if undivided else 0.0),
+        backward=times.backward.total + times.again + (times.weight.total if undivided else 0.0),
         held=float(storage_bytes(one for one in kind.tensors if one.routed)),
         storage={SAVED: float(storage_bytes(rest))},
+        beside={SAVED: away * tiled, "fc1": away * anchors.get("fc1", 0.0)} if tiled else {},
     )
 
 
@@ -114,5 +121,11 @@ def fates_of_rank(
     fates: dict[int, Fates] = {}
     for item, parts in zip(assigned, found.parts, strict=True):
         for numbers, row in rows_of(item.numbers, item.group, parts):
-            fates |= dict.fromkeys(numbers, row)
+            fates |= dict.fromkeys(numbers, _of_codes(row) if model.options.codes_activations else row)
     return fates, found.seconds, best.seconds
+
+
+def _of_codes(row: Fates) -> Fates:
+    """A row for layers whose activation functions save codes: what was decided on fc1 is their fate."""
+    stored = max((row[name] for name in ("fc1", SAVED) if name in row), key=lambda fate: fate.fraction)
+    return {**row, **({"fc1": RECOMPUTE} if "fc1" in row else {}), CODED: stored}

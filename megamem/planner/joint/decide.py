@@ -17,6 +17,7 @@ from megamem.ir.plan import digest
 from megamem.planner.hardware import Hardware
 from megamem.planner.joint.explain import explain
 from megamem.planner.joint.layout import STOCK, Wishes, plan_layout
+from megamem.planner.layer_options import LayerOptions
 
 HOST_SHARE = 0.5
 """Of a machine's memory per rank: what `activations.host_memory: auto` may pin."""
@@ -50,6 +51,7 @@ def decide(config: Config, job: Job, hardware: Hardware, host: float | None = No
 def _problems(config: Config, job: Job) -> list[str]:
     left = ", ".join(undecided(config))
     problems = [f"{left}: auto: {problem}" for problem in job.problems()]
+    problems += options_of(config).problems(job)
     if config.plan is not None:
         problems.append(f"{left}: auto, beside a plan (made_for, predicted) that has decided; remove one of them")
     if config.schedule.name in ("auto", "file"):
@@ -62,6 +64,11 @@ def _problems(config: Config, job: Job) -> list[str]:
             f"{left}: auto, beside --recompute-granularity {job.recompute}: both would decide the same; remove one"
         )
     return problems
+
+
+def options_of(config: Config) -> LayerOptions:
+    """The sections that change what layers save."""
+    return LayerOptions(low_precision=config.fp8, mlp=config.mlp)
 
 
 def wishes_of(config: Config, hardware: Hardware, host: float | None = None) -> Wishes:
@@ -84,6 +91,8 @@ def wishes_of(config: Config, hardware: Hardware, host: float | None = None) -> 
         group=None if isinstance(schedule.group, str) else schedule.group,
         vocabulary="|".join(losses),
         barriers=vocabulary.barriers,
+        keep_logits=True if vocabulary.keep_logits else None if vocabulary.parallel == "auto" else False,
+        options=options_of(config),
         allocator=config.allocator.mode,
         activations="auto" if activations.policy == "auto" else given,
         has_model=True,
@@ -105,7 +114,7 @@ def _vocabulary(asked: Vocabulary, made: Vocabulary) -> Vocabulary:
     if not (made.fused_loss or made.parallel):
         return Vocabulary()
     if made.parallel:
-        return replace(asked, fused_loss=False, parallel=True)
+        return replace(asked, fused_loss=False, parallel=True, keep_logits=made.keep_logits)
     return Vocabulary(fused_loss=True, loss_chunk=asked.loss_chunk)
 
 

@@ -32,7 +32,10 @@ from megamem.planner.joint.search import Found
 from megamem.planner.joint.settle import Frame, Settled, settle
 from megamem.planner.joint.simple import ONE_FRACTION, with_fraction
 from megamem.planner.joint.split import is_balanced
+from megamem.planner.joint.unasked import unasked
+from megamem.planner.layer_options import STOCK_LAYERS
 from megamem.planner.memory.activations import ActivationMemory
+from megamem.planner.memory.inventory import storage_bytes
 from megamem.sections import Allocator, Scheduling, Vocabulary
 
 _MOST_ACTIONS = 6000  # of a plan's picture of the pipeline
@@ -47,10 +50,11 @@ _NOTES = (
 
 def explain(planned: LayoutPlan, wishes: Wishes, extra: Sequence[Alternative] = ()) -> Config:
     """The configuration of a settled layout with its plan; `extra` alternatives are of other layouts."""
-    planned = in_full(planned)
+    short, planned = planned, in_full(planned)
     best, model = planned.best, planned.model
     config = config_of(best)
     alternatives = [*_settled(planned), *_policies(model, best), *_estimated(planned), *extra]
+    others = [*alternatives, *unasked(short, wishes, best.priced.step_seconds)]
     mine = _alternative("this plan", best.priced, best.frame.host, best.priced.step_seconds, {})
     prediction = Prediction(
         step_seconds=best.priced.step_seconds,
@@ -60,7 +64,7 @@ def explain(planned: LayoutPlan, wishes: Wishes, extra: Sequence[Alternative] = 
         utilization=utilization(model, best.priced.step_seconds),
         tokens_per_second_per_gpu=throughput(model, best.priced.step_seconds),
         decisions=(*_options(planned, wishes), *_fates(model, best)),
-        alternatives=tuple(sorted(_unique(alternatives), key=lambda one: (not one.fits, one.step_seconds))),
+        alternatives=tuple(sorted(_unique(others), key=lambda one: (not one.fits, one.step_seconds))),
         front=_front([mine, *alternatives, *_smaller(model, best)]),
         hardware=model.hardware.source_text(),
         notes=_NOTES,
@@ -84,7 +88,7 @@ def config_of(settled: Settled) -> Config:
     chunks = frame.schedule.placement.num_chunks
     name = frame.name
     if frame.barriers is not None:
-        vocabulary = Vocabulary(parallel=True, barriers=frame.barriers)
+        vocabulary = Vocabulary(parallel=True, barriers=frame.barriers, keep_logits=frame.keep_logits)
         name = ("interleaved" if chunks > 1 else "1f1b") if name == STOCK else name  # its passes need a schedule
     if name != STOCK:
         group = {} if frame.group is None else {"group": frame.group}
@@ -94,6 +98,8 @@ def config_of(settled: Settled) -> Config:
         schedule=schedule,
         vocabulary=vocabulary,
         allocator=Allocator(mode="static") if frame.static else Allocator(),
+        fp8=settled.options.low_precision,
+        mlp=settled.options.mlp,
     )
 
 
@@ -137,6 +143,8 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
         text = f"the logits' memory saves more than their second product costs; now {logits / 2**30:.1f} GiB"
     if frame.barriers is not None:
         text = "the last rank would be slower and fuller than the others; now all of them share the output layer"
+        if frame.keep_logits:
+            text += "; logits are kept from S to T: three matrix products instead of four"
     yield Decision(subject="vocabulary", fate=_loss_text(frame), nbytes=logits, reason=text)
     lost = max(rank.kinds.get("fragmentation", 0) for rank in best.priced.memory)
     text = (
@@ -145,6 +153,34 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
         else f"the caching allocator's share of {lost / 2**30:.1f} GiB costs no time"
     )
     yield Decision(subject="allocator.mode", fate="static" if frame.static else "off", nbytes=lost, reason=text)
+    yield from _layer_options(planned, wishes)
+
+
+def _layer_options(planned: LayoutPlan, wishes: Wishes) -> Iterable[Decision]:
+    """Why layers save something else than stock's."""
+    model, job = planned.model, planned.job
+    options, number = model.options, next((n for n in range(1, job.model.num_layers + 1) if not job.model.is_moe(n)), 1)
+    if options == STOCK_LAYERS:
+        return
+    ours, stock = (storage_bytes(memory.kind(number).tensors) for memory in (model.memory(None), _stock(model)))
+    again = model.layer(number).again
+    text = (
+        f"a layer saves {ours / 2**20:,.0f} MiB instead of {stock / 2**20:,.0f}, and computes {again * 1e3:.3g} ms anew"
+    )
+    if options.rebuilds:
+        yield Decision(subject="fp8.saved_activations", fate=options.mode, nbytes=ours, reason=f"as asked; {text}")
+    if options.mlp.is_on:
+        why = "less is recomputed or waited for than without"
+        if wishes.options.mlp.is_on:
+            why = "as asked"
+        elif all(one.options.mlp.is_on for one in planned.others):
+            why = "without them nothing fits"
+        tiles = f"{options.mlp.tiles}, {options.tiles(job, number)} tiles"
+        yield Decision(subject="mlp.tiles", fate=tiles, nbytes=ours, reason=f"{why}; {text}; launches count nothing")
+
+
+def _stock(model: Model) -> ActivationMemory:
+    return Model(model.job, model.hardware, model.limit).memory(None)
 
 
 def _behind(planned: LayoutPlan) -> str:
@@ -166,7 +202,7 @@ def _fates(model: Model, best: Settled) -> Iterable[Decision]:
         yield Decision(subject="activations.policy", fate="off", reason=untouched)
         return
     yield _policy(model, best)
-    memory = ActivationMemory(model.job, None)
+    memory = model.memory(None)
     stalls = best.priced.time.get("exposed_copies", 0.0)
     hidden = stalls < 0.01 * best.priced.step_seconds
     rows: dict[tuple[str, str], list[int]] = {}
@@ -291,11 +327,16 @@ def _settled(planned: LayoutPlan) -> Iterable[Alternative]:
         settings = {"schedule.name": one.frame.name, "vocabulary": _loss_text(one.frame)}
         chunks = one.frame.schedule.placement.num_chunks
         name = f"{schedule_text(one.frame.name, chunks)}, {_loss_text(one.frame)}"
+        if one.options.mlp != planned.best.options.mlp:
+            settings["mlp.tiles"] = str(one.options.mlp.tiles)
+            name += ", MLP in tiles" if one.options.mlp.is_on else ", MLP whole"
         yield _alternative(name, one.priced, one.frame.host, best, settings)
 
 
 def _loss_text(frame: Frame) -> str:
-    return "shared vocabulary" if frame.barriers else "fused loss" if frame.fused_loss else "whole logits"
+    if frame.barriers:
+        return "shared vocabulary, logits kept" if frame.keep_logits else "shared vocabulary"
+    return "fused loss" if frame.fused_loss else "whole logits"
 
 
 def schedule_text(name: str, chunks: int) -> str:
@@ -343,7 +384,7 @@ def _policies(model: Model, best: Settled) -> Iterable[Alternative]:
             options = with_fraction(model, frame, ONE_FRACTION[policy])
         except InfeasibleError:
             continue
-        priced = model.price(frame.setup(plan_activations(options, layers)))
+        priced = model.price(frame.setup(plan_activations(options, layers, model.options.low_precision)))
         share = "" if policy == "recompute" else f", {options.swap_fraction:.2f}"
         settings = {"activations.policy": policy}
         if share:
@@ -363,7 +404,7 @@ def _smaller(model: Model, best: Settled) -> Iterable[Alternative]:
         if limit >= best.priced.peak:
             continue
         try:
-            found = settle(Model(model.job, model.hardware, limit), best.frame)
+            found = settle(Model(model.job, model.hardware, limit, model.options), best.frame)
         except InfeasibleError:
             continue
         name = f"within {limit / 2**30:.0f} GiB"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from megamem.errors import InfeasibleError, MegamemError
 from megamem.ir.job import Job
 from megamem.ir.schedule import Barriers, Schedule
-from megamem.ir.workload import StageCost, Uniform, Workload
+from megamem.ir.workload import HasCosts, StageCost, Uniform, Workload
 from megamem.planner.activations import plan_activations
 from megamem.planner.costs.work import layer_work, output_flops
 from megamem.planner.evaluation import Model, Priced
@@ -21,10 +21,12 @@ from megamem.planner.hardware import Hardware
 from megamem.planner.joint.settle import Frame, Settled, estimate, job_text, settle
 from megamem.planner.joint.simple import ONE_FRACTION, with_fraction
 from megamem.planner.joint.split import laid_out, possible_chunks
+from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.device import output_bytes
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Request
-from megamem.sections import Activations
+from megamem.planner.schedules.plan import KeptLogits
+from megamem.sections import Activations, Mlp
 
 STOCK = "off"
 FAMILIES_TRIED = ("gis", "gis-h", "zb-h1", "zb-h2", "v-half")
@@ -36,8 +38,10 @@ _TO_SETTLE = 2
 _LARGE_LOGITS = 0.03  # of device memory: below, the fused loss is not weighed
 _MOST_PASSES = 4000  # microbatches x stages of a step that are priced one by one
 _LARGE_OUTPUT = 0.03  # of a rank's time: below, vocabulary parallelism is not weighed
-_AS_FAST = 5e-4  # of the step: no difference, and the tables by tensor and layer stay
-_WORTH_STATIC = 0.005  # of the step, in recomputation and waits
+AS_FAST = 5e-4
+"""Of the step: no difference, and the tables by tensor and layer stay."""
+WORTH = 0.005
+"""Of the step: recomputation and waits that are worth another allocator, or the MLP in tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,9 @@ class Wishes:
     group:      of the schedule, `schedule.group`
     vocabulary: one of `off`, `fused` and `parallel`, or several to choose from, with `|` between them
     barriers:   of a shared vocabulary
+    keep_logits:  of one, `vocabulary.keep_logits`; None: weighed
+    options:    the sections `fp8` and `mlp` as they are to be
+    weighs_tiles:  whether `mlp.tiles` may be switched on
     allocator:  `off` or `static`
     activations:  `off`, or `auto`; or the section as it is to be
     has_model:  the chunks are those of the layout, 1 included: the model is what it is
@@ -59,6 +66,9 @@ class Wishes:
     group: int | None = None
     vocabulary: str = "auto"
     barriers: Barriers = 1
+    keep_logits: bool | None = None
+    options: LayerOptions = STOCK_LAYERS
+    weighs_tiles: bool = False
     allocator: str = "auto"
     activations: str | Activations = "auto"
     has_model: bool = False
@@ -99,6 +109,68 @@ def plan_layout(
     """
     if fault := _of_prediction(job, wishes):
         raise InfeasibleError(fault)
+    tiled = with_tiles(job, wishes)
+    try:
+        planned = _fastest_plan(job, hardware, wishes, progress)
+    except InfeasibleError:
+        if tiled is None:
+            raise
+        return _fastest_plan(job, hardware, tiled, progress)
+    best = planned.best
+    if best.frame.barriers is not None and wishes.keep_logits is None:
+        planned = _or_other(planned, _kept_logits(planned), hardware, wishes, AS_FAST)
+    if tiled is not None and lost(best.priced) > WORTH * best.priced.step_seconds:
+        planned = _or_other(planned, planned.best.frame, hardware, tiled, WORTH)
+    return planned
+
+
+def with_tiles(job: Job, wishes: Wishes) -> Wishes | None:
+    """The wishes with `mlp.tiles`; None where that is not to be weighed, or cannot be had."""
+    options = replace(wishes.options, mlp=Mlp(tiles="auto"))
+    if not wishes.weighs_tiles or wishes.options.mlp.is_on or options.problems(job):
+        return None
+    return replace(wishes, options=options, weighs_tiles=False)
+
+
+def _kept_logits(planned: LayoutPlan) -> Frame:
+    """The best frame with the logits of a shared vocabulary kept: its schedule is another one."""
+    frame = planned.best.frame
+    few = frame.schedule.num_microbatches
+    schedule = _built(planned.job, frame.name, frame.group, few, frame.barriers, keep_logits=True)
+    return replace(frame, schedule=schedule, keep_logits=True)
+
+
+def _or_other(planned: LayoutPlan, frame: Frame, hardware: Hardware, wishes: Wishes, worth: float) -> LayoutPlan:
+    """The plan with this frame and these wishes instead, where that is faster by `worth` of the step."""
+    one = Estimated(frame=replace(frame, static=False), job=planned.job, seconds=0.0)
+    try:
+        found = _settle(one, hardware, wishes)
+    except InfeasibleError:
+        return planned
+    best = planned.best
+    if found.priced.step_seconds > (1 - worth) * best.priced.step_seconds:
+        return replace(planned, others=(*planned.others, found))
+    return replace(planned, model=_model(planned.job, hardware, wishes), best=found, others=(best, *planned.others))
+
+
+def settled_with(planned: LayoutPlan, wishes: Wishes, options: LayerOptions) -> Settled | None:
+    """The best frame of a plan with other options of its layers; None where that cannot be had."""
+    frame, hardware = planned.best.frame, planned.model.hardware
+    if options.problems(planned.job):
+        return None
+    wishes = replace(wishes, options=options, allocator="static" if frame.static else "off")
+    try:
+        return _settle(Estimated(frame=frame, job=planned.job, seconds=0.0), hardware, wishes)
+    except InfeasibleError:
+        return None
+
+
+def _model(job: Job, hardware: Hardware, wishes: Wishes) -> Model:
+    return Model(job, hardware, wishes.device, wishes.options)
+
+
+def _fastest_plan(job: Job, hardware: Hardware, wishes: Wishes, progress: Callable[[str], None]) -> LayoutPlan:
+    """The fastest of the schedules and output layers, with what layers save as `wishes` have it."""
     ranked = sorted(estimates(job, hardware, wishes, _names(wishes)), key=lambda one: one.seconds)
     settled: list[tuple[Job, Settled]] = []
     faults: list[str] = [one.fault for one in ranked if one.fault]
@@ -118,7 +190,7 @@ def plan_layout(
     chosen, best = settled[0]
     return LayoutPlan(
         job=chosen,
-        model=Model(chosen, hardware, wishes.device),
+        model=_model(chosen, hardware, wishes),
         best=best,
         others=tuple(one for _, one in settled[1:]),
         estimated=tuple(ranked),
@@ -149,7 +221,7 @@ def _fastest(settled: list[tuple[Job, Settled]]) -> float:
 
 def _settle(one: Estimated, hardware: Hardware, wishes: Wishes) -> Settled:
     """Settle a frame; with memory from a static plan where that helps."""
-    model = Model(one.job, hardware, wishes.device)
+    model = _model(one.job, hardware, wishes)
     frame = one.frame
     fault: InfeasibleError | None = None
     found: Settled | None = None
@@ -158,8 +230,8 @@ def _settle(one: Estimated, hardware: Hardware, wishes: Wishes) -> Settled:
             found = _with_wishes(model, frame, wishes)
         except InfeasibleError as error:
             fault = error
-    lost = 0.0 if found is None else _lost(found.priced) / found.priced.step_seconds
-    if wishes.allocator == "off" or (found is not None and lost < _WORTH_STATIC):
+    share = 0.0 if found is None else lost(found.priced) / found.priced.step_seconds
+    if wishes.allocator == "off" or (found is not None and share < WORTH):
         if found is None:
             assert fault is not None
             raise fault
@@ -170,7 +242,7 @@ def _settle(one: Estimated, hardware: Hardware, wishes: Wishes) -> Settled:
         if found is None:
             raise
         return found
-    gained = found is None or static.priced.step_seconds < found.priced.step_seconds * (1 - _WORTH_STATIC)
+    gained = found is None or static.priced.step_seconds < found.priced.step_seconds * (1 - WORTH)
     return static if gained or found is None else found
 
 
@@ -180,7 +252,8 @@ def _with_wishes(model: Model, frame: Frame, wishes: Wishes) -> Settled:
     given = wishes.activations if isinstance(wishes.activations, Activations) else Activations()
     if given.swap_fraction == "auto":
         given = with_fraction(model, frame, given)
-    plan = plan_activations(given, model.job.model.num_layers) if given.is_on else None
+    coded = model.options.low_precision
+    plan = plan_activations(given, model.job.model.num_layers, coded) if given.is_on else None
     priced = model.price(frame.setup(plan))
     if not priced.fits(frame.host):
         fullest = max(priced.memory, key=lambda rank: rank.peak)
@@ -190,7 +263,7 @@ def _with_wishes(model: Model, frame: Frame, wishes: Wishes) -> Settled:
             f"with {how} pipeline rank {fullest.rank} needs {fullest.peak / 2**30:.1f} GiB and has "
             f"{fullest.limit / 2**30:.1f}{host}"
         )
-    return Settled(frame=frame, activations=given, priced=priced)
+    return Settled(frame=frame, activations=given, priced=priced, options=model.options)
 
 
 def _or_simpler(model: Model, wishes: Wishes, found: Settled) -> Settled:
@@ -202,12 +275,13 @@ def _or_simpler(model: Model, wishes: Wishes, found: Settled) -> Settled:
             simple = _with_wishes(model, found.frame, replace(wishes, activations=options))
         except InfeasibleError:
             continue
-        if simple.priced.step_seconds < found.priced.step_seconds * (1 - _AS_FAST):
+        if simple.priced.step_seconds < found.priced.step_seconds * (1 - AS_FAST):
             found = simple
     return found
 
 
-def _lost(priced: Priced) -> float:
+def lost(priced: Priced) -> float:
+    """Seconds of a step in recomputation and waits for copies."""
     return priced.time.get("recompute", 0.0) + priced.time.get("exposed_copies", 0.0)
 
 
@@ -221,12 +295,12 @@ def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]
     for name, group, chunks in _schedules(job, names, wishes):
         shares = name in (*_SHARE_VOCABULARY, wishes.schedule) or wishes.vocabulary == "parallel"
         chunked = laid_out(job, chunks, FAMILIES[name].shape if name in FAMILIES else "round-robin")
-        model = Model(chunked, hardware, wishes.device)
+        model = _model(chunked, hardware, wishes)
         for fused, barriers in _losses(model, wishes):
             if barriers is not None and not shares:
                 continue
             try:
-                short = _built(chunked, name, group, few, barriers)
+                short = _built(chunked, name, group, few, barriers, keep_logits=bool(wishes.keep_logits))
             except MegamemError as fault:
                 frame = Frame(name=name, schedule=_single(1), group=group, barriers=barriers)
                 yield Estimated(frame=frame, job=chunked, seconds=float("inf"), fault=str(fault))
@@ -237,6 +311,7 @@ def estimates(job: Job, hardware: Hardware, wishes: Wishes, names: Sequence[str]
                 group=group,
                 fused_loss=fused,
                 barriers=barriers,
+                keep_logits=barriers is not None and bool(wishes.keep_logits),
                 host=wishes.host,
                 more=job.num_microbatches - short.num_microbatches,
             )
@@ -317,14 +392,22 @@ def in_full(planned: LayoutPlan) -> LayoutPlan:
     count = job.num_microbatches * job.layout.pipeline * best.frame.schedule.placement.num_chunks
     if not best.frame.more or count > _MOST_PASSES:
         return planned
-    schedule = _built(job, best.frame.name, best.frame.group, None, best.frame.barriers)
+    keeps = best.frame.keep_logits
+    schedule = _built(job, best.frame.name, best.frame.group, None, best.frame.barriers, keep_logits=keeps)
     frame = replace(best.frame, schedule=schedule, more=0)
-    plan = plan_activations(best.activations, job.model.num_layers) if best.activations.is_on else None
+    coded = best.options.low_precision
+    plan = plan_activations(best.activations, job.model.num_layers, coded) if best.activations.is_on else None
     return replace(planned, best=replace(best, frame=frame, priced=planned.model.price(frame.setup(plan))))
 
 
 def _built(
-    job: Job, name: str, group: int | None, microbatches: int | None, barriers: Barriers | None = None
+    job: Job,
+    name: str,
+    group: int | None,
+    microbatches: int | None,
+    barriers: Barriers | None = None,
+    *,
+    keep_logits: bool = False,
 ) -> Schedule:
     count = job.num_microbatches if microbatches is None else microbatches
     layout = job.layout
@@ -337,16 +420,16 @@ def _built(
         num_chunks=layout.chunks,
         group=group,
         vocabulary=barriers,
-        workload=_workload(job) if barriers else Uniform(),
+        workload=_workload(job, keep_logits=keep_logits) if barriers else Uniform(),
     )
     return build_schedule(family, request)
 
 
-def _workload(job: Job) -> Workload:
+def _workload(job: Job, *, keep_logits: bool) -> HasCosts:
     """Relative costs of layers and output layer, by their FLOPs: what places the vocabulary's passes."""
     works = [layer_work(job, number) for number in range(1, job.model.num_layers + 1)]
     output = output_flops(job)
-    return Workload(
+    found = Workload(
         split=job.layout.split,
         layers=tuple(
             StageCost(
@@ -360,6 +443,7 @@ def _workload(job: Job) -> Workload:
         ),
         last=StageCost(forward=output, backward=output, weight=output, activation=0.0, weight_grad=0.0),
     )
+    return KeptLogits(found) if keep_logits else found
 
 
 def _single(microbatches: int) -> Schedule:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megamem.errors import InfeasibleError
+from megamem.ir.activation import SAVED
 from megamem.ir.schedule import Placement, Schedule
 from megamem.planner.costs.work import output_flops, output_traffic
 from megamem.planner.evaluation import OPTIMIZER_BYTES, Model
@@ -51,7 +52,7 @@ class Quick:
     def __init__(self, model: Model) -> None:
         self.chunks = possible_chunks(model.job)
         self.job = laid_out(model.job, 1)  # all layers of a rank as one stage
-        self.model = model if self.job is model.job else Model(self.job, model.hardware, model.limit)
+        self.model = model if self.job is model.job else Model(self.job, model.hardware, model.limit, model.options)
         self.ranks = self.job.layout.pipeline
         self.layers = [stage_layers(self.job, rank) for rank in range(self.ranks)]
         self.placement = Placement(shape="round-robin", num_ranks=self.ranks, num_chunks=1)
@@ -62,7 +63,7 @@ class Quick:
         for number in self.layers[rank]:
             times = self.model.layer(number)
             forward += times.forward.total
-            backward += times.backward.total
+            backward += times.backward.total + times.again
             weight += times.weight.total
         if rank == self.ranks - 1:
             logits = output_flops(self.job) / self.model.hardware.gemm
@@ -146,8 +147,11 @@ class Quick:
         flight = min(flight, float(self.job.num_microbatches))
         besides = 0.0
         if shape.splits:
-            numbers = self.layers[rank]
-            besides += sum(weight_gradient_bytes(self.job, n) for n in numbers[: -(-len(numbers) // shape.chunks)])
+            numbers, options = self.layers[rank], self.model.options
+            besides += sum(
+                weight_gradient_bytes(self.job, number, tiles=options.tiles(self.job, number))
+                for number in numbers[: -(-len(numbers) // shape.chunks)]
+            )
         if rank == self.ranks - 1:
             besides += output_bytes(self.job, fused=True)
         device = self.room(rank, besides)
@@ -157,7 +161,7 @@ class Quick:
         problem = Problem(groups=groups, limits=limits, moments=((flight,) * len(groups),))
         if device <= 0:
             raise InfeasibleError(explain(problem))
-        untouched = sum(flight * group.layers * whole_bytes(group) for group in groups)
+        untouched = sum(flight * group.layers * (whole_bytes(group) + group.beside.get(SAVED, 0.0)) for group in groups)
         return 0.0 if untouched <= 0.8 * device else solve(problem).seconds
 
     @cached_property

@@ -17,7 +17,7 @@ from megamem.ir.pipeline_split import Split
 from megamem.ir.schedule import Placement
 from megamem.planner.evaluation import Model
 from megamem.planner.hardware import Hardware
-from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, plan_layout
+from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, plan_layout, with_tiles
 from megamem.planner.joint.quick import Quick
 from megamem.planner.joint.split import laid_out, possible_chunks
 from megamem.planner.memory.device import static_bytes
@@ -124,7 +124,7 @@ def search(
     jobs = [one for one in layouts_of(job, gpus, hardware, fixed) if runs_schedule(one, wishes)]
     if not jobs:
         raise InfeasibleError(_no_layout(job, gpus, fixed, wishes))
-    queue = sorted((Quick(Model(one, hardware, wishes.device)).bound(), number) for number, one in enumerate(jobs))
+    queue = sorted((Quick(_model(one, hardware, wishes)).bound(), number) for number, one in enumerate(jobs))
     best: list[tuple[float, int]] = []  # the fastest estimates, as a heap of the slowest of them
     fault, tried = "", 0
     for least, number in queue:
@@ -156,9 +156,14 @@ def search(
 def _estimate(job: Job, hardware: Hardware, wishes: Wishes) -> tuple[float, str]:
     """The estimate of a layout, and why it has none."""
     try:
-        return Quick(Model(job, hardware, wishes.device)).seconds(wishes), ""
+        return Quick(_model(job, hardware, wishes)).seconds(wishes), ""
     except InfeasibleError as fault:
-        return float("inf"), f"{job.layout.text()}: {fault}"
+        tiled = with_tiles(job, wishes)
+        return (float("inf"), f"{job.layout.text()}: {fault}") if tiled is None else _estimate(job, hardware, tiled)
+
+
+def _model(job: Job, hardware: Hardware, wishes: Wishes) -> Model:
+    return Model(job, hardware, wishes.device, wishes.options)
 
 
 def _states_text(jobs: Sequence[Job], hardware: Hardware, wishes: Wishes) -> str:

@@ -10,12 +10,13 @@ from megamem.errors import InfeasibleError
 from megamem.ir.activation import ANCHORS, BASE, SAVED, ActivationPlan, Fate
 from megamem.ir.job import Job
 from megamem.ir.schedule import Barriers, Schedule
-from megamem.planner.activations import plan_activations
+from megamem.planner.activations import CODED, plan_activations
 from megamem.planner.evaluation import Model, Priced, Setup
 from megamem.planner.fractions.linear import solve
 from megamem.planner.fractions.problem import all_kept, device_bytes
 from megamem.planner.fractions.rank import Fates, fates_of_rank, problem_of
 from megamem.planner.fractions.table import text_of
+from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.device import output_bytes, shared_bytes, static_bytes
 from megamem.planner.memory.inventory import output_weight_gradient_bytes, weight_gradient_bytes
 from megamem.planner.memory.parameters import stage_layers
@@ -44,6 +45,7 @@ class Frame:
     group: int | None = None
     fused_loss: bool = False
     barriers: Barriers | None = None
+    keep_logits: bool = False
     static: bool = False
     host: float = 0.0
     more: int = 0
@@ -55,6 +57,7 @@ class Frame:
             plan=plan,
             fused_loss=self.fused_loss,
             barriers=self.barriers,
+            keep_logits=self.keep_logits,
             static=self.static,
             more=self.more,
         )
@@ -69,6 +72,7 @@ class Settled:
     seconds:      recomputation and waits per microbatch of each rank, as the tables have them
     optimum:      the same for the linear programme's own optimum
     computing:    seconds of computing per microbatch of each rank, to compare them with
+    options:      with which the layers are run
     """
 
     frame: Frame
@@ -78,6 +82,7 @@ class Settled:
     optimum: tuple[float, ...] = ()
     computing: tuple[float, ...] = ()
     fates: dict[int, Fates] = field(default_factory=dict)
+    options: LayerOptions = STOCK_LAYERS
 
 
 class Budget:
@@ -103,6 +108,9 @@ class Budget:
         """Working space, logits and waiting weight gradients, at their largest."""
         model, schedule = self.model, self.frame.schedule
         placement, job = schedule.placement, model.job
+        between = shared_bytes(
+            job, self.frame.barriers or 1, shards=placement.num_ranks, keep_logits=self.frame.keep_logits
+        )
         waiting = [self._waiting(placement.stage(rank, chunk)) for chunk in range(placement.num_chunks)]
         now = most = shared = 0.0
         most_shared = 0.0
@@ -112,9 +120,9 @@ class Budget:
             elif action.kind == "W":
                 now -= waiting[action.chunk] / action.parts
             elif action.kind == "S":
-                shared += shared_bytes(job, self.frame.barriers or 1)
+                shared += between
             elif action.kind == "T":
-                shared -= shared_bytes(job, self.frame.barriers or 1)
+                shared -= between
             most, most_shared = max(most, now), max(most_shared, shared)
         numbers = [n for chunk in range(placement.num_chunks) for n in stage_layers(job, placement.stage(rank, chunk))]
         working = max((model.transients(number)[1] for number in (*numbers[:1], *numbers[-1:])), default=0)
@@ -130,8 +138,9 @@ class Budget:
         return output_bytes(job, fused=self.frame.fused_loss) if owns else 0.0
 
     def _waiting(self, stage: int) -> float:
-        job = self.model.job
-        layers = sum(weight_gradient_bytes(job, number) for number in stage_layers(job, stage))
+        job, options = self.model.job, self.model.options
+        numbers = stage_layers(job, stage)
+        layers = sum(weight_gradient_bytes(job, number, tiles=options.tiles(job, number)) for number in numbers)
         is_last = stage == self.frame.schedule.placement.num_stages - 1
         return layers + (output_weight_gradient_bytes(job) if is_last and self.frame.barriers is None else 0)
 
@@ -169,7 +178,7 @@ def settle(model: Model, frame: Frame) -> Settled:
     """The best activations for a frame. Raises InfeasibleError with the sums where nothing fits."""
     untouched = model.price(frame.setup(None))
     if untouched.fits(frame.host):
-        return Settled(frame=frame, activations=Activations(), priced=untouched)
+        return Settled(frame=frame, activations=Activations(), priced=untouched, options=model.options)
     fault: InfeasibleError | None = None
     for every in RESIDUALS:
         try:
@@ -236,7 +245,7 @@ def _once(model: Model, frame: Frame, budget: Sequence[float], every: int) -> Se
         seconds.append(spent)
         best.append(least)
     activations = section_of(fates, every, 0.0)
-    plan = plan_activations(activations, model.job.model.num_layers)
+    plan = plan_activations(activations, model.job.model.num_layers, model.options.low_precision)
     priced = model.price(frame.setup(plan))
     activations = section_of(fates, every, priced.host)
     return Settled(
@@ -247,6 +256,7 @@ def _once(model: Model, frame: Frame, budget: Sequence[float], every: int) -> Se
         optimum=tuple(best),
         computing=_computing(priced),
         fates=fates,
+        options=model.options,
     )
 
 
@@ -261,7 +271,7 @@ def _computing(priced: Priced) -> tuple[float, ...]:
 def section_of(fates: dict[int, Fates], every: int, host: float) -> Activations:
     """The `activations` section that gives each layer its fates; `host` bytes of host memory are needed."""
     rows: dict[tuple[tuple[str, Fate], ...], list[int]] = {}
-    order = (*BASE, *ANCHORS, SAVED)
+    order = (*BASE, *ANCHORS, CODED, SAVED)
     for number in sorted(fates):
         row = tuple((name, fates[number][name]) for name in order if name in fates[number])
         rows.setdefault(row, []).append(number)

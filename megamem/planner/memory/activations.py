@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from megamem.ir.activation import ActivationPlan, LayerRule
 from megamem.ir.job import Job
 from megamem.ir.schedule import Placement, Schedule
+from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
+from megamem.planner.memory.formats import with_options
 from megamem.planner.memory.inventory import (
     Anchor,
     Saved,
@@ -30,16 +32,25 @@ class _Kind:
     tensors: tuple[Saved, ...]
     anchors: tuple[Anchor, ...]
     weight_gradients: int
+    tiles: int
 
 
 class ActivationMemory:
     """The layers of one job under one activation plan (None: left to autograd), by stage of the model.
 
+    options:        what changes what layers save
     recompute_all:  Megatron's full recomputation instead: a layer keeps its input, and everything is computed twice
     """
 
-    def __init__(self, job: Job, plan: ActivationPlan | None, *, recompute_all: bool = False) -> None:
-        self.job, self.plan, self.recompute_all = job, plan, recompute_all
+    def __init__(
+        self,
+        job: Job,
+        plan: ActivationPlan | None,
+        options: LayerOptions = STOCK_LAYERS,
+        *,
+        recompute_all: bool = False,
+    ) -> None:
+        self.job, self.plan, self.options, self.recompute_all = job, plan, options, recompute_all
         self._base_apart = plan is not None and any(not rule.store_input for rule in plan.rules if not rule.untouched)
         self._kinds: dict[bool, _Kind] = {}
         self._made: dict[tuple[bool, int, bool, bool], LayerBytes] = {}
@@ -91,10 +102,12 @@ class ActivationMemory:
         """The tensors and anchors of a layer."""
         is_moe = self.job.model.is_moe(number)
         if is_moe not in self._kinds:
+            tiles = self.options.tiles(self.job, number)
             self._kinds[is_moe] = _Kind(
-                tensors=saved_tensors(self.job, number),
+                tensors=tuple(with_options(saved_tensors(self.job, number), self.job, number, self.options)),
                 anchors=anchors_of(self.job, number),
-                weight_gradients=weight_gradient_bytes(self.job, number),
+                weight_gradients=weight_gradient_bytes(self.job, number, tiles=tiles),
+                tiles=tiles,
             )
         return self._kinds[is_moe]
 
@@ -111,13 +124,14 @@ class ActivationMemory:
                 input_is_held=input_is_held,
                 base_apart=self._base_apart and not is_moe,
                 stores_input=stores_input,
+                num_tiles=kind.tiles,
             )
             self._made[key] = replace(found, weight_gradients=kind.weight_gradients)
         return self._made[key]
 
     def _recomputed(self, number: int) -> LayerBytes:
         kind = self.kind(number)
-        kept = sum(one.nbytes for one in kind.tensors if one.name == "layer_input")
+        kept = self.job.tokens * self.job.model.hidden_size * self.job.itemsize
         whole = storage_bytes(kind.tensors)
         return LayerBytes(kept=kept, back=whole - kept, weight_gradients=kind.weight_gradients)
 
@@ -135,6 +149,8 @@ def single_rank_schedule(num_microbatches: int) -> Schedule:
     return build_schedule("1f1b", Request(num_ranks=1, num_microbatches=num_microbatches))
 
 
-def metered_peaks(job: Job, plan: ActivationPlan | None, schedule: Schedule) -> Sequence[int]:
+def metered_peaks(
+    job: Job, plan: ActivationPlan | None, schedule: Schedule, options: LayerOptions = STOCK_LAYERS
+) -> Sequence[int]:
     """The bytes that `Handle.meter` of every pipeline rank shows at most after a training step."""
-    return [book.metered for book in ActivationMemory(job, plan).books(schedule)]
+    return [book.metered for book in ActivationMemory(job, plan, options).books(schedule)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from megamem.ir.job import Job
 from megamem.ir.schedule import Placement
 from megamem.planner.hardware import Hardware
+from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.parameters import (
     Parameters,
     kv_width,
@@ -66,15 +67,20 @@ def output_bytes(job: Job, *, fused: bool, shards: int = 1) -> int:
     return tokens * (STATISTICS_BYTES + chunk * LOGIT_BYTES)
 
 
-def shared_bytes(job: Job, barriers: int) -> int:
-    """Vocabulary parallelism: what a rank keeps of one microbatch from S to T."""
+def shared_bytes(job: Job, barriers: int, *, shards: int = 1, keep_logits: bool = False) -> int:
+    """Vocabulary parallelism: what a rank keeps of one microbatch from S to T.
+
+    shards: pipeline ranks that divide the vocabulary; keep_logits: those of the rank's shard are kept too
+    """
     hidden = job.tokens * job.model.hidden_size
     numerator = 4 * hidden if barriers == 1 else 0
     tokens = job.seq_length // job.layout.context * job.micro_batch_size
-    return tokens * STATISTICS_BYTES + hidden * job.itemsize + numerator
+    parts = job.layout.tensor * shards
+    logits = tokens * padded_vocabulary(job.model, parts) // parts * job.itemsize if keep_logits else 0
+    return tokens * STATISTICS_BYTES + hidden * job.itemsize + numerator + logits
 
 
-def transient_bytes(job: Job, number: int) -> tuple[int, int]:
+def transient_bytes(job: Job, number: int, options: LayerOptions = STOCK_LAYERS) -> tuple[int, int]:
     """Working space of layer `number`: of its forward pass, and of its backward pass."""
     model, tensor = job.model, job.layout.tensor
     inside = job.seq_length // job.layout.context * job.micro_batch_size
@@ -93,4 +99,12 @@ def transient_bytes(job: Job, number: int) -> tuple[int, int]:
     else:
         mlp = inside * (2 * hidden + (1 + gates) * model.ffn_hidden_size // tensor) * job.itemsize
         forward = 2 * inside * hidden * job.itemsize
+        if options.rebuilds:  # outputs that are not kept
+            forward += (inside * model.ffn_hidden_size // tensor + job.tokens * hidden) * job.itemsize
+    if tiles := options.tiles(job, number):
+        # Of a tile, what the activation function and its backward pass have; the gradient of the whole input.
+        parts = 2 + gates + (2 if model.swiglu and job.spec == "local" else 0)
+        width = model.ffn_hidden_size // tensor
+        mlp = (inside * (2 * hidden + parts * width) // tiles + job.tokens * hidden) * job.itemsize
+        forward += inside * width // tiles * job.itemsize
     return forward, max(attention, mlp)

@@ -44,6 +44,8 @@ class Saved:
     anchor:     the anchor whose output it is made of by element-wise operations alone; empty: of the layer's input
     rebuilt:    whether a replay brings it back; attention's own scratch and experts' tensors cannot be rebuilt
     routed:     whether it is of the expert part, which is handled whole and counted apart
+    tiled:      whether it is kept tile by tile, by an MLP that runs in tiles
+    on_demand:  whether it is not saved, but kept where replays need it
     """
 
     name: str
@@ -52,6 +54,8 @@ class Saved:
     anchor: str = ""
     rebuilt: bool = True
     routed: bool = False
+    tiled: bool = False
+    on_demand: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ def saved_tensors(job: Job, number: int) -> tuple[Saved, ...]:
 
 def storage_bytes(tensors: Iterable[Saved]) -> int:
     """The memory that these tensors keep from being freed, each piece once."""
-    return sum({tensor.storage.name: tensor.storage.nbytes for tensor in tensors}.values())
+    return sum({one.storage.name: one.storage.nbytes for one in tensors if not one.on_demand}.values())
 
 
 def anchors_of(job: Job, number: int) -> tuple[Anchor, ...]:
@@ -78,9 +82,12 @@ def anchors_of(job: Job, number: int) -> tuple[Anchor, ...]:
     return _Layer(job, number).anchors()
 
 
-def weight_gradient_bytes(job: Job, number: int) -> int:
-    """What W still needs of a layer after B: inputs and output gradients of its linear layers."""
-    return _Layer(job, number).weight_gradient_bytes()
+def weight_gradient_bytes(job: Job, number: int, *, tiles: int = 0) -> int:
+    """What W still needs of a layer after B: inputs and output gradients of its linear layers.
+
+    An MLP in `tiles` needs nothing then: its weight gradients are computed in B.
+    """
+    return _Layer(job, number).weight_gradient_bytes(tiles=tiles)
 
 
 def output_weight_gradient_bytes(job: Job) -> int:
@@ -278,7 +285,7 @@ class _Layer:
             found.append(Anchor(name="fc1", nbytes=self.inside * width * size, flops=flops))
         return tuple(found)
 
-    def weight_gradient_bytes(self) -> int:
+    def weight_gradient_bytes(self, *, tiles: int = 0) -> int:
         """Inputs and output gradients of qkv, projection, fc1 and fc2; of experts those of their rows."""
         hidden = self.model.hidden_size
         elements = self.tokens * hidden + self.inside * (self.query + 2 * self.key)  # qkv
@@ -288,7 +295,7 @@ class _Layer:
             assert moe is not None
             rows = moe.topk * self.tokens * layout.experts_tensor
             elements += rows * (2 * hidden + (1 + self.gates) * moe.ffn_hidden_size // layout.experts_tensor)
-        else:
+        elif not tiles:
             width = self.model.ffn_hidden_size // self.tensor
             elements += self.tokens * hidden + self.inside * ((self.gates + 1) * width + hidden)
         return elements * self.size

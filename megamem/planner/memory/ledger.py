@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from megamem.ir.activation import BASE, EXPERTS, Fate, LayerRule
 from megamem.ir.schedule import Action
+from megamem.ir.tiles import spans
 from megamem.planner.memory.inventory import Anchor, Saved, storage_bytes
 
 _ATTENTION = "self_attention.core_attention"
@@ -31,6 +32,7 @@ class LayerBytes:
     kept:       stays in device memory until the backward pass
     base, rest: travel to host memory, in one parcel or in two (`base` apart where the next layer may ask for it)
     experts:    of the experts, in a parcel of their own
+    tiles:      of an MLP in tiles, in a parcel for each, in order
     back:       what was away, once it is all back for the backward pass
     routed:     of the experts, where they stay; the engine does not count it
     weight_gradients:  what W still needs after B
@@ -41,6 +43,7 @@ class LayerBytes:
     base: int = 0
     rest: int = 0
     experts: int = 0
+    tiles: tuple[int, ...] = ()
     back: int = 0
     routed: int = 0
     weight_gradients: int = 0
@@ -49,7 +52,7 @@ class LayerBytes:
     @property
     def host(self) -> int:
         """Bytes in host memory while the layer waits."""
-        return self.base + self.rest + self.experts
+        return self.base + self.rest + self.experts + sum(self.tiles)
 
 
 def untouched_bytes(tensors: Sequence[Saved]) -> LayerBytes:
@@ -66,12 +69,14 @@ def layer_bytes(
     input_is_held: bool = False,
     base_apart: bool = False,
     stores_input: bool = True,
+    num_tiles: int = 0,
 ) -> LayerBytes:
     """What becomes of a layer's tensors under a rule (`runtime.activations.recipe` is what this has to agree with).
 
     tokens:         of the sequence on this rank, dimension 0 of the layer's input; fractions are of these
     input_is_held:  the layer's input is a receive buffer of the pipeline, which stays whatever the rule says
     base_apart:     some layer of the model rebuilds its input from the layer before
+    num_tiles:      in which the MLP runs
     """
     if rule.untouched:
         return untouched_bytes(tensors)
@@ -79,7 +84,7 @@ def layer_bytes(
     clones = base = rest = back = 0
     misses = False
     first = tokens  # the first token that is replayed, and so the first of which anchors are stored
-    for tensor in (one for one in tensors if not one.routed):
+    for tensor in (one for one in tensors if not (one.routed or one.tiled or one.on_demand)):
         fate = _fate(tensor, rule)
         if tensor.name == "layer_input" and not stores_input:
             back += tensor.nbytes
@@ -99,21 +104,54 @@ def layer_bytes(
             base += nbytes
         else:
             rest += nbytes
+    for tensor in tensors:
+        if tensor.on_demand and stores_input and (misses or base_apart):
+            stays = rule.fates[tensor.name].tier == "hbm" or input_is_held
+            clones, base, rest = (
+                clones + tensor.nbytes * stays,
+                base + tensor.nbytes * (base_apart and not stays),
+                rest + tensor.nbytes * (not base_apart and not stays),
+            )
+    in_tiles, tiles = _tiles(tensors, rule, tokens, num_tiles)
     for anchor in anchors if misses else ():
+        if num_tiles and anchor.name == "fc1":
+            continue  # no replay looks into the MLP
         fate = rule.fates[anchor.name]
         nbytes = anchor.nbytes * max(0, fate.num_tokens(tokens) - first) // tokens
         clones, rest = (clones + nbytes, rest) if fate.tier == "hbm" else (clones, rest + nbytes)
     experts = sum(tensor.nbytes for tensor in tensors if tensor.routed)
     goes = rule.fates[EXPERTS].tier == "host" and rule.fates[EXPERTS].fraction > 0
     return LayerBytes(
-        kept=storage_bytes(kept) + clones,
+        kept=storage_bytes(kept) + clones + in_tiles,
         base=base,
         rest=rest,
+        tiles=tiles,
         experts=experts if goes else 0,
         back=back + (experts if goes else 0),
         routed=0 if goes else experts,
         stores_input=stores_input,
     )
+
+
+def _tiles(tensors: Sequence[Saved], rule: LayerRule, tokens: int, num_tiles: int) -> tuple[int, tuple[int, ...]]:
+    """What tiles of the MLP keep in device memory, and the parcels that they send to host memory.
+
+    The same numbers have two names in a rule; the larger share counts (`runtime.activations.shelf`).
+    """
+    nbytes = sum(tensor.nbytes for tensor in tensors if tensor.tiled)
+    if not nbytes:
+        return 0, ()
+    fate = fate_of_tiles(rule)
+    stored = fate.num_tokens(tokens)
+    if fate.tier == "hbm":
+        return nbytes * stored // tokens, ()
+    cuts = [(start, stop) for start, stop in spans(tokens, num_tiles, stored) if stop <= stored]
+    return 0, tuple(nbytes * (stop - start) // tokens for start, stop in cuts)
+
+
+def fate_of_tiles(rule: LayerRule) -> Fate:
+    """What becomes of the output of fc1 of an MLP in tiles, under a rule that touches the layer."""
+    return max((rule.fates["fc1"], rule.fate_of("mlp")), key=lambda fate: (fate.fraction, fate.tier == "hbm"))
 
 
 def _fate(tensor: Saved, rule: LayerRule) -> Fate:
@@ -145,12 +183,14 @@ class _Run:
     base: _Cargo | None = None
     rest: _Cargo | None = None
     experts: _Cargo | None = None
+    tiles: list[_Cargo] = field(default_factory=list)
     kept: int = 0
     has_begun: bool = False
 
     @property
     def parcels(self) -> list[_Cargo]:
-        return [cargo for cargo in (self.base, self.rest) if cargo is not None]
+        """Those that are fetched first: of an MLP in tiles the last one's."""
+        return [cargo for cargo in (self.base, self.rest, *self.tiles[-1:]) if cargo is not None]
 
 
 class _Courier:
@@ -288,6 +328,10 @@ class Ledger:
         self._is_storing_over = False
         runs = self._runs[key]
         run = _Run(layer, runs[-1] if runs else None, kept=layer.kept)
+        for nbytes in layer.tiles:
+            if (cargo := self._courier.store(nbytes)) is not None:
+                run.tiles.append(cargo)
+            self._courier.retire(1)
         run.base, run.rest = self._courier.store(layer.base), self._courier.store(layer.rest)
         run.experts = self._expert_courier.store(layer.experts)
         self._host += layer.host
@@ -305,6 +349,7 @@ class Ledger:
             self._begin(run)
             if run.layer.back:
                 self._bring_back(run)
+            self._take_tiles(run)
             if splits:
                 self._waiting += run.layer.weight_gradients
                 self._sample()
@@ -321,14 +366,24 @@ class Ledger:
             self._gone(run)
 
     def _bring_back(self, run: _Run) -> None:
-        for cargo in run.parcels:
-            self._courier.take(cargo)
+        for cargo in (run.base, run.rest):
+            if cargo is not None:
+                self._courier.take(cargo)
         if run.experts is not None:
             self._expert_courier.take(run.experts)
         run.base = run.rest = run.experts = None
         self._rebuild_input(run)
         self._sample(at_work=run.layer.back)
         self._gone(run)
+
+    def _take_tiles(self, run: _Run) -> None:
+        """The last one first; while one is worked on the one before it is on its way."""
+        while run.tiles:
+            self._courier.take(run.tiles.pop())
+            for cargo in run.tiles[-1:]:
+                before = self._courier.staging
+                self._courier.fetch(cargo)
+                self.book.from_host += max(0, self._courier.staging - before)
 
     def _rebuild_input(self, run: _Run) -> None:
         """Sparse residuals: the base of the layers before is brought back ahead of the rest."""

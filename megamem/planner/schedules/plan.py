@@ -34,7 +34,7 @@ class PlannedSchedule:
     simulation: Simulation
 
 
-class _KeptLogits(NamedTuple):
+class KeptLogits(NamedTuple):
     """A workload in which T does not make the logits again."""
 
     workload: HasCosts
@@ -77,7 +77,7 @@ def plan_schedule(
         num_ranks=num_ranks,
         num_microbatches=num_microbatches,
         group=None if options.group == "auto" else options.group,
-        workload=_KeptLogits(load_workload(options.costs)) if keeps_logits else load_workload(options.costs),
+        workload=KeptLogits(load_workload(options.costs)) if keeps_logits else load_workload(options.costs),
         memory_limit=limit,
         vocabulary=vocabulary,
     )

@@ -71,9 +71,7 @@ class ActivationMeter:
 
     def _hold(self, tensor: Tensor, storage: torch.UntypedStorage) -> _Held:
         key = storage._cdata  # not its address, which another storage has when this one is emptied
-        holder = self._holders.setdefault(key, [0, storage.nbytes()])
-        if holder[0] == 0:
-            self.retained.add(holder[1])
+        holder = self._holders.setdefault(key, [0, 0])  # its bytes count when the layer has returned
         holder[0] += 1
         return _Held(self, tensor, key)
 

@@ -186,6 +186,8 @@ class LayerRun:
                 for handle, spec in zip(handles, signature.packs, strict=True)
                 if handle.tensor is not None and spec.entry >= 0 and (storage := handle.tensor.untyped_storage())
             }
+            for tensor in self.base.values():  # autograd may have saved none of it
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             recipe.kept_nbytes = sum(storages.values())
         self.kept_nbytes += recipe.kept_nbytes
 

@@ -32,8 +32,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.nn import Module
 
 from megamem.errors import ActivationError, UnsupportedError
+from megamem.ir.tiles import spans
 from megamem.runtime.activations.layer import first_tensor, watching, with_first_tensor
-from megamem.runtime.tiles.parts import AbstractTiled, AbstractTileStore, GradientSum, ResidentTiles, spans
+from megamem.runtime.tiles.parts import AbstractTiled, AbstractTileStore, GradientSum, ResidentTiles
 
 FIRST, BETWEEN, LAST = "first", "between", "last"
 

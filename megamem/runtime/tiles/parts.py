@@ -1,13 +1,13 @@
-"""What a module that runs in tiles is made of: itself, a store for what its tiles keep, sums of gradients, the cut."""
+"""What a module that runs in tiles is made of: itself, a store for what its tiles keep, sums of gradients."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -50,22 +50,38 @@ class AbstractTileStore(ABC):
         """So many bytes were dropped and made again."""
 
 
+class _Keep(torch.autograd.Function):
+    """Saves tensors through autograd, so that whoever counts or moves what is saved sees these too."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise AssertionError("no gradient goes this way")
+
+
 @final
 class ResidentTiles(AbstractTileStore):
     """Device memory."""
 
     def __init__(self) -> None:
-        self._tensors: dict[int, list[Tensor]] = {}
+        self._nodes: dict[int, Any] = {}
 
     def stored_tokens(self, tokens: int) -> int:
         return tokens
 
     def put(self, tile: int, tensors: Sequence[Tensor]) -> bool:
-        self._tensors[tile] = [tensor.detach() for tensor in tensors]
+        anchor = torch.empty(0, requires_grad=True)
+        with torch.enable_grad():
+            kept: Tensor = _Keep.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
+        self._nodes[tile] = kept.grad_fn
         return True
 
     def take(self, tile: int) -> list[Tensor]:
-        return self._tensors.pop(tile)
+        return list(self._nodes.pop(tile).saved_tensors)
 
 
 class GradientSum:
@@ -90,17 +106,3 @@ class GradientSum:
         """What autograd is given for the parameter."""
         total, self._sums[index] = self._sums[index], None
         return None if total is None else total.to(self.parameters[index].dtype)
-
-
-def spans(tokens: int, tiles: int, stored: int) -> list[tuple[int, int]]:
-    """Cut `tokens` into about `tiles` ranges [start, stop) of nearly equal length, one of which begins at `stored`.
-
-    All are as long as those of an even cut at most; ranks with equally many tokens cut alike.
-    """
-    longest = -(-tokens // max(tiles, 1))
-    found = []
-    for start, stop in ((0, stored), (stored, tokens)):
-        count = -(-(stop - start) // longest)
-        cuts = [start + (stop - start) * i // count for i in range(count + 1)] if count else []
-        found += list(pairwise(cuts))
-    return found
