@@ -143,6 +143,13 @@ def test_what_the_job_would_be_refused_for_is_told_by_the_plan(job: Job, section
 
 TIGHT = ("plan", "--model", "llama3-8b", "--gpus", "8", "--seq-length", "256k", "--json")
 
+RECOMPUTING = (
+    *("plan", "--model", "llama3-8b", "--gpus", "16", "--seq-length", "16k", "--global-batch-size", "256", "--json"),
+    *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1", "--context-parallel-size", "1"),
+    *("--expert-model-parallel-size", "1", "--micro-batch-size", "2", "--device-memory", "60GiB"),
+    *("--host-memory", "512MiB"),
+)
+
 
 def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
     assert main(list(flags)) == 0
@@ -177,10 +184,11 @@ def test_a_plan_begins_with_what_is_given(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_codes_are_named_where_memory_costs_time_and_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    others = planned(capsys, *TIGHT)["predicted"]["alternatives"]
+    others = planned(capsys, *RECOMPUTING)["predicted"]["alternatives"]
     (coded,) = [one for one in others if one["name"] == "fp8 mlp"]
     assert (
         "not chosen: gradients carry the error of 8 bits; add --megamem-fp8-saved-activations mlp" in coded["verdict"]
     )
+    assert "% faster" in coded["verdict"] and "GiB less left alone" in coded["verdict"]
     assert main([*TIGHT, "--activations", "off", "--device-memory", "150GiB"]) == 2
     assert "--megamem-fp8-saved-activations mlp it fits" in capsys.readouterr().err

@@ -35,5 +35,9 @@ def replay_seconds(
     for name, whole in layer.anchors.items():
         if layer.tiles and name == "fc1":
             continue  # its own tiles run it again
-        seconds += (1.0 - max(first, rule.fates[name].fraction)) * whole
+        share = max(first, rule.fates[name].fraction)
+        if name == "fc1":  # the replay ends before it where all that is made of it is stored
+            made = [rule.fate_of(one.name).fraction for one in tensors if one.anchor == name and one.rebuilt]
+            share = max(share, min(made, default=share))
+        seconds += (1.0 - share) * whole
     return seconds

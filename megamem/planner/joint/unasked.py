@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megamem.ir.plan import Alternative
-from megamem.planner.evaluation import Priced
 from megamem.planner.joint.layout import AS_FAST, LayoutPlan, Wishes, lost, settled_with
 from megamem.planner.layer_options import LayerOptions
 from megamem.sections import LowPrecision, Mlp
@@ -20,21 +19,21 @@ _GIB = float(1 << 30)
 
 
 def unasked(planned: LayoutPlan, wishes: Wishes, step: float) -> Iterator[Alternative]:
-    """The best frame with each of these options, where memory costs time; `step` is what the plan's takes in full."""
+    """The best frame with each of these options, where that is faster; `step` is what the plan takes in full."""
     best, frame = planned.best, planned.best.frame
     if wishes.options.rebuilds or lost(best.priced) < AS_FAST * best.priced.step_seconds:
         return
     untouched = planned.model.price(frame.setup(None))
     for options, why in _options(planned, wishes):
         found = settled_with(planned, wishes, options)
-        if found is None:
+        if found is None or found.priced.step_seconds > (1 - AS_FAST) * best.priced.step_seconds:
             continue
         left_alone = type(planned.model)(planned.job, planned.model.hardware, planned.model.limit, options)
         less = untouched.peak - left_alone.price(frame.setup(None)).peak
         name, value = ("mlp.tiles", str(options.mlp.tiles)) if options.mlp.is_on else ("fp8", options.mode)
         option = name if options.mlp.is_on else "fp8.saved_activations"
         flag = f"--megamem-{option.replace('.', '-').replace('_', '-')} {value}"
-        faster = _compared(found.priced, best.priced)
+        faster = f"{100 * (1 - found.priced.step_seconds / best.priced.step_seconds):.1f} % faster"
         yield Alternative(
             name=f"{name} {value}",
             step_seconds=step * found.priced.step_seconds / best.priced.step_seconds,
@@ -51,8 +50,3 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterator[tuple[LayerOptions
         yield LayerOptions(low_precision=LowPrecision(saved_activations=mode)), why  # type: ignore[arg-type]
     if not (wishes.weighs_tiles or planned.model.options.mlp.is_on):
         yield LayerOptions(mlp=Mlp(tiles="auto")), "mlp was left off"
-
-
-def _compared(one: Priced, other: Priced) -> str:
-    percent = 100 * (one.step_seconds / other.step_seconds - 1)
-    return "as fast" if abs(percent) < 0.05 else f"{abs(percent):.1f} % {'slower' if percent > 0 else 'faster'}"
