@@ -287,6 +287,7 @@ def _best(
 def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
     """The job, its number of GPUs, and the sizes of its layout that are settled. Raises ConfigError."""
     from megamem.ir.job import Job, Layout
+    from megamem.ir.kernels import Kernels
     from megamem.planner.joint.search import Fixed
     from megamem.planner.models import job_of_flags, job_of_yaml, load_model
 
@@ -316,6 +317,7 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, int, Fixed]:
             seq_length=length or 4096,
             bf16=not arguments.fp32,
             spec=arguments.transformer_impl,
+            kernels=Kernels.of_spec(arguments.transformer_impl),
         )
     else:
         if arguments.from_profile is not None:

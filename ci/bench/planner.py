@@ -27,6 +27,7 @@ from common import Json
 
 from megamem.config import load_config
 from megamem.ir.job import Job, Layout
+from megamem.ir.kernels import Kernels
 from megamem.ir.model import Model as Sizes
 from megamem.ir.schedule import Schedule
 from megamem.planner.activations import plan_activations
@@ -116,7 +117,7 @@ def _formulas() -> Iterator[Json]:
     sbh, scores, source = s * b * h, 5 * a * s * s * b, "arXiv 2205.05198, table 2"
 
     def nbytes(layout: Layout, without: str = "-") -> int:
-        job = Job(model=model, layout=layout, seq_length=s, micro_batch_size=b, spec="unfused")
+        job = Job(model=model, layout=layout, seq_length=s, micro_batch_size=b, kernels=Kernels(attention="unfused"))
         names = ("statistics", without)
         return storage_bytes(t for t in saved_tensors(job, 1) if not any(word in t.storage.name for word in names))
 

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch.nn import Module
 
+from megamem.integrations.local_spec import TORCH_FUSES_RMS_NORM
 from megamem.integrations.stage_layers import split_of
 from megamem.ir.job import Job
 from megamem.planner.models.flags import job_of_arguments
@@ -42,6 +43,7 @@ def job_of_step(arguments: Mapping[str, Any]) -> Job:
         setattr(known, argument, _attribute(chunks, attribute))
     known.untie_embeddings_and_output_weights = not _attribute(chunks, "share_embeddings_and_output_weights")
     known.transformer_impl = "transformer_engine" if _has_te_layers(chunks) else "local"
+    known.attention_backend = getattr(getattr(config, "attention_backend", None), "name", None)
     known.bf16 = config.params_dtype in (torch.bfloat16, torch.float16) or config.bf16 or config.fp16
     _take_layout(known)
     known.seq_length, known.micro_batch_size = arguments["seq_length"], arguments["micro_batch_size"]
@@ -51,10 +53,26 @@ def job_of_step(arguments: Mapping[str, Any]) -> Job:
     known.use_distributed_optimizer = getattr(wrapper, "use_distributed_optimizer", False)
     known.overlap_grad_reduce = getattr(wrapper, "overlap_grad_reduce", False)
     job = job_of_arguments(known)
-    job = replace(job, layout=replace(job.layout, split=split_of(config)))
-    # Megatron's own attention in PyTorch keeps its scores.
-    keeps_scores = any(type(module).__name__ == "DotProductAttention" for chunk in chunks for module in chunk.modules())
-    return replace(job, spec="unfused") if job.spec == "local" and keeps_scores else job
+    return _with_kernels(replace(job, layout=replace(job.layout, split=split_of(config))), chunks)
+
+
+def on_device(job: Job, device: str) -> Job:
+    """The job on `cuda` or on `cpu`, whose kernels keep other tensors."""
+    return replace(job, kernels=replace(job.kernels, device=device))
+
+
+def _with_kernels(job: Job, chunks: Iterable[Module]) -> Job:
+    """What the modules show of the kernels, which no configuration says."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    parameter = next((parameter for module in modules for parameter in module.parameters(recurse=False)), None)
+    device = "cuda" if parameter is not None and parameter.is_cuda else "cpu"
+    torch_norms = any(type(module) is torch.nn.RMSNorm for module in modules)
+    is_composed = torch_norms and (device == "cpu" or not TORCH_FUSES_RMS_NORM)
+    found = replace(job.kernels, device=device, norm="composed" if is_composed else "fused")
+    if job.spec == "local":
+        keeps_scores = any(type(module).__name__ == "DotProductAttention" for module in modules)
+        found = replace(found, attention="unfused" if keeps_scores else "flash")
+    return replace(job, kernels=found)
 
 
 def _take_layout(known: Namespace) -> None:

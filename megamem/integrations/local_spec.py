@@ -140,7 +140,7 @@ class FlashAttention(MegatronModule):  # type: ignore[misc]  # Megatron is untyp
         return allowed, False
 
 
-_TORCH_FUSES_RMS_NORM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+TORCH_FUSES_RMS_NORM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 class Norm(torch.nn.Module):
@@ -173,7 +173,7 @@ class Norm(torch.nn.Module):
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.bias is not None:
             return F.layer_norm(x, self.hidden_size, weight, self.bias, self.eps)
-        if x.is_cuda and _TORCH_FUSES_RMS_NORM:
+        if x.is_cuda and TORCH_FUSES_RMS_NORM:
             return F.rms_norm(x, self.hidden_size, weight, self.eps)
         # Elsewhere PyTorch's is a chain of element-wise operations that saves up to three tensors of x's size, in fp32.
         return normalise(x, weight, eps=self.eps)

@@ -14,6 +14,7 @@ from megamem.config import Config
 from megamem.deciding import undecided
 from megamem.errors import ConfigError, InfeasibleError, MegamemError
 from megamem.host import resolve_host_memory
+from megamem.integrations.live_job import on_device
 from megamem.ir.job import Job
 from megamem.planner.hardware import Hardware, load_hardware, row_of_device
 from megamem.planner.joint.decide import decide
@@ -63,7 +64,8 @@ def _job(job: KnownJob | None, left: str) -> Job:
             "megamem.enable(config, job=[... Megatron-LM's flags ...]), or decide beforehand: megamem plan -o plan.yaml"
         )
     ranks = torch.distributed.get_world_size()
-    return job_of_arguments(known, ranks) if isinstance(known, Namespace) else job_of_flags(known, ranks)
+    found = job_of_arguments(known, ranks) if isinstance(known, Namespace) else job_of_flags(known, ranks)
+    return on_device(found, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _arguments_of_megatron_lm() -> Namespace | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from megamem.ir.kernels import Kernels
 from megamem.ir.model import Model
 from megamem.ir.pipeline_split import Split, balanced_split, layout_text
 
-SPECS = ("transformer_engine", "local", "unfused")
+SPECS = ("transformer_engine", "local")
 RECOMPUTATIONS = ("none", "selective", "full")
+RECOMPUTE_METHODS = ("uniform", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +95,12 @@ class Job:
     seq_length:        tokens of one sequence, over all context-parallel ranks
     micro_batch_size:  sequences of one microbatch on one data-parallel rank
     bf16:              weights and activations in bf16, gradients and optimizer states in fp32; else everything in fp32
-    spec:              the layers: Transformer Engine's; Megatron's local ones with megamem's attention and norms; or
-                       `unfused`, those of arXiv 2205.05198, whose attention keeps its scores
+    spec:              the layers: Transformer Engine's, or Megatron-Core's local ones
+    kernels:           what computes them
     recompute:         Megatron's own recomputation, which megamem's activation policies take the place of
+    recompute_modules: what `selective` recomputes, by Megatron's names
+    recompute_method:  of `full`: `uniform`, all layers, `recompute_num_layers` from one stored input; or `block`, the
+                       first `recompute_num_layers` of each stage, each from its own
     overlap:           gradients are reduced and weights gathered beside backward and forward passes
     """
 
@@ -106,17 +111,23 @@ class Job:
     global_batch_size: int = 1
     bf16: bool = True
     spec: str = "transformer_engine"
+    kernels: Kernels = field(default_factory=Kernels)
     recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
     overlap: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+        for name in ("seq_length", "micro_batch_size", "global_batch_size", "recompute_num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if self.spec not in SPECS:
             raise ValueError(f"spec {self.spec!r} is none of {', '.join(SPECS)}")
         if self.recompute not in RECOMPUTATIONS:
             raise ValueError(f"recompute {self.recompute!r} is none of {', '.join(RECOMPUTATIONS)}")
+        if self.recompute_method not in RECOMPUTE_METHODS:
+            raise ValueError(f"recompute_method {self.recompute_method!r} is none of {', '.join(RECOMPUTE_METHODS)}")
 
     @property
     def num_microbatches(self) -> int:
@@ -132,6 +143,32 @@ class Job:
     def tokens(self) -> int:
         """Tokens of a microbatch between two layers on one rank: s * b over the ranks that divide the sequence."""
         return self.seq_length * self.micro_batch_size // self.layout.sequence_shards
+
+    @property
+    def fuses_softmax(self) -> bool:
+        """Whether unfused attention's softmax kernel takes the job's scores.
+
+        The conditions for causal attention are those of Megatron-Core's `FusedScaleMaskSoftmax.is_kernel_available`.
+        """
+        matrices = self.model.num_attention_heads // self.layout.tensor * self.micro_batch_size
+        block = 8 if self.seq_length <= 128 else 4  # matrices that a block of the kernel works on
+        return (
+            self.kernels.fused_softmax
+            and self.bf16
+            and 16 < self.seq_length <= 4096
+            and self.seq_length % 4 == 0
+            and matrices % block == 0
+        )
+
+    @property
+    def softmax_itemsize(self) -> int:
+        """Bytes of a probability as unfused attention's softmax gives it."""
+        return 4 if self.kernels.softmax_fp32 and not self.fuses_softmax else self.itemsize
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether Megatron recomputes core attention alone, so that it keeps its inputs and no scores."""
+        return self.recompute == "selective" and "core_attn" in self.recompute_modules
 
     def problems(self) -> list[str]:
         """What Megatron-Core would not run: the flag, the reason and a setting that works, one sentence each."""

@@ -9,7 +9,7 @@ from the simulator of schedules, memory from the ledger (`memory`) and the worki
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megamem.ir.activation import ActivationPlan
@@ -154,9 +154,12 @@ class Model:
         stride = layout.world_size // layout.pipeline  # pipeline ranks are the outermost dimension
         return nbytes / self.hardware.bandwidth(2, stride) + self.hardware.latency
 
-    def memory(self, plan: ActivationPlan | None, *, recompute_all: bool = False) -> ActivationMemory:
-        """What the layers hold under an activation plan."""
-        return ActivationMemory(self.job, plan, self.options, recompute_all=recompute_all)
+    def memory(self, plan: ActivationPlan | None, *, recompute: str | None = None) -> ActivationMemory:
+        """What the layers hold under an activation plan; with `recompute`, as if Megatron recomputed that."""
+        job = self.job
+        if recompute is not None:
+            job = replace(job, recompute=recompute, recompute_method="uniform", recompute_num_layers=1)
+        return ActivationMemory(job, plan, self.options)
 
     def price(self, setup: Setup) -> Priced:
         """Time and memory of a setup."""
@@ -173,7 +176,8 @@ class _Pricing:
     def __init__(self, model: Model, setup: Setup) -> None:
         self.model, self.setup, self.job = model, setup, model.job
         self.placement: Placement = setup.schedule.placement
-        self.memory = model.memory(setup.plan, recompute_all=setup.recompute_all)
+        self.memory = model.memory(setup.plan, recompute="full" if setup.recompute_all else None)
+        self.job = self.memory.job
         self.last = self.placement.num_stages - 1
 
     def run(self) -> Priced:
@@ -236,14 +240,18 @@ class _Pricing:
     def _again(self, number: int, layer: LayerBytes) -> float:
         """Recomputation of a layer."""
         always = self.model.layer(number).again
-        if self.setup.recompute_all:
-            return self.model.layer(number).forward.total + always
         if self.setup.plan is None:
-            return always
+            return always + self._again_by_megatron(number, layer)
         before = None if layer.stores_input else self.model.layer(number - 1)
         tensors = self.memory.kind(number).tensors
         replay = replay_seconds(self.model.layer(number), tensors, self.setup.plan.rule(number), before=before)
         return always + replay
+
+    def _again_by_megatron(self, number: int, layer: LayerBytes) -> float:
+        forward = self.model.layer(number).forward
+        if self.job.recompute == "full":
+            return forward.total if layer.back else 0.0
+        return forward.attention if self.job.recomputes_attention else 0.0
 
     def _waits(self, stage: int, copied: Sequence[CopiedLayer]) -> Stalls:
         to_host, from_host = self.model.rates

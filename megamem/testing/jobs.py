@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megamem.ir.job import Job, Layout
+from megamem.ir.kernels import Kernels
 from megamem.ir.model import Experts, Model
 from megamem.ir.pipeline_split import normal_split, parse_layout
 
@@ -59,4 +60,23 @@ def job_of_case(case: GptCase, *, num_microbatches: int = 1, data: int = 1) -> J
         global_batch_size=case.microbatch * num_microbatches * layout.data,
         bf16=case.dtype is bfloat16,
         spec="local",
+        kernels=_kernels(case),
+        recompute=case.config.get("recompute_granularity") or "none",
+        recompute_modules=tuple(case.config.get("recompute_modules") or ("core_attn",)),
+        recompute_method=case.config.get("recompute_method") or "uniform",
+        recompute_num_layers=case.config.get("recompute_num_layers") or 1,
+    )
+
+
+def _kernels(case: GptCase) -> Kernels:
+    """On a CPU."""
+    return Kernels(
+        device="cpu",
+        attention="flash" if case.flash_attention else "unfused",
+        fused_softmax=bool(case.config.get("masked_softmax_fusion", False)),
+        mask=not case.flash_attention,
+        softmax_fp32=bool(case.config.get("attention_softmax_in_fp32", True)),
+        norm="composed" if case.stock_norms and case.norm == "RMSNorm" else "fused",
+        fused_activation=bool(case.config.get("bias_activation_fusion", False)),
+        fused_rope=False,
     )

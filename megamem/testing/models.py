@@ -26,6 +26,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
 from megamem.integrations.local_spec import FlashAttention, local_layer_spec
@@ -65,6 +66,7 @@ class GptCase:
     tied: bool = False
     dropout: float = 0.0
     flash_attention: bool = True  # of our local spec; False takes Megatron's own attention with its s x s scores
+    stock_norms: bool = False  # PyTorch's, as in Megatron's own local spec; they refuse sequence parallelism
     transformer_engine: bool = (
         False  # its linear layers and norms around our attention (see testing.transformer_engine)
     )
@@ -179,6 +181,8 @@ def _layer_spec(case: GptCase) -> SpecMaker:
     def make(config: TransformerConfig, vp_stage: int | None) -> Any:
         if not case.transformer_engine:
             block = local_layer_spec(config, flash_attention=case.flash_attention, vp_stage=vp_stage)
+            if case.stock_norms:
+                _put_stock_norms(block, config)
             for layer in block.layer_specs if case.cp > 1 else ():
                 layer.submodules.self_attention.submodules.core_attention = _AttentionWithinPart
             return block
@@ -197,6 +201,15 @@ def _mtp_spec(case: GptCase, config: TransformerConfig, layers: Any, vp_stage: i
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
     return get_gpt_mtp_block_spec(config, layers, case.transformer_engine, vp_stage=vp_stage)
+
+
+def _put_stock_norms(block: Any, config: TransformerConfig) -> None:
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+        if config.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = WrappedTorchNorm
+    block.layer_norm = WrappedTorchNorm
 
 
 def _wrap(chunk: torch.nn.Module, config: TransformerConfig, case: GptCase) -> torch.nn.Module:
@@ -289,15 +302,21 @@ def batches(case: GptCase, num_microbatches: int, *, step: int = 0) -> list[Batc
     rank = parallel_state.get_data_parallel_rank()
     part = parallel_state.get_context_parallel_rank() if case.cp > 1 else 0
     own = slice(part * (case.sequence // case.cp), (part + 1) * (case.sequence // case.cp))
-    mask = None if case.flash_attention else torch.ones(case.sequence, case.sequence).tril().logical_not()[None, None]
     made = []
     for index in range(num_microbatches):
         generator = torch.Generator().manual_seed(1_000_003 * step + 1_009 * rank + index)
         text = torch.randint(0, case.vocab, (case.microbatch, case.sequence + 1), generator=generator)
         positions = torch.arange(case.sequence).expand(case.microbatch, -1)
         tokens, labels = (values[:, own].contiguous() for values in (text[:, :-1], text[:, 1:]))
+        mask = None if case.flash_attention else _causal_mask(case)
         made.append(Batch(tokens=tokens, labels=labels, positions=positions[:, own], mask=mask))
     return made
+
+
+def _causal_mask(case: GptCase) -> Tensor:
+    """As Megatron-LM's data loader makes it, one for each sequence: [b, 1, s, s]."""
+    mask = torch.ones(case.sequence, case.sequence).tril().logical_not()
+    return mask.expand(case.microbatch, 1, -1, -1).contiguous()
 
 
 def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -352,10 +371,10 @@ def train_steps(
             chunk.zero_grad(set_to_none=True)
         if optimizer is not None:
             optimizer.zero_grad()
-        data = batches(case, num_microbatches, step=step)
+        data = [iter(batches(case, num_microbatches, step=step)) for _ in chunks]  # as each chunk has a loader
         results = (schedule or get_forward_backward_func())(
             forward_step_func=forward_step,
-            data_iterator=[iter(data) for _ in chunks] if len(chunks) > 1 else iter(data),
+            data_iterator=data if len(chunks) > 1 else data[0],
             model=chunks,
             num_microbatches=num_microbatches,
             seq_length=case.sequence,

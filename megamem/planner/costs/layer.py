@@ -129,9 +129,17 @@ class LayerTime:
         return self.forward.total - self.forward.attention - self.forward.context_parallel
 
     def _attention(self) -> float:
+        """Unfused it is two products over the whole square, of which causal attention needs half, as fast as any other,
+        and kernels over the scores, as fast as memory: neither overlaps, since each reads what the one before wrote.
+        """
+        if self.job.kernels.is_unfused:
+            return 2 * self.work.attention / self.hardware.gemm + self.work.scores / self.hardware.hbm
         return self.work.attention / self.hardware.attention_forward.at(self.job.seq_length)
 
     def _attention_back(self) -> float:
+        """Unfused, four products for two."""
+        if self.job.kernels.is_unfused:
+            return 4 * self.work.attention / self.hardware.gemm + self.work.scores_back / self.hardware.hbm
         flops = self.work.attention * self.hardware.backward_flops
         return flops / self.hardware.attention_backward.at(self.job.seq_length)
 

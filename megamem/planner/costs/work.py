@@ -22,6 +22,7 @@ class LayerWork:
 
     gemms:        FLOPs of the matrix products by name: `qkv`, `projection`, `fc1`, `fc2`, `router`, `experts`
     attention:    FLOPs of causal attention
+    scores, scores_back: bytes of scores that unfused attention reads and writes, forward and in the backward pass
     traffic:      bytes that element-wise kernels read and write, forward
     traffic_back: the same in the backward pass
     replayed:     bytes of those that rebuilding what autograd saves runs again: all but the last residual
@@ -32,6 +33,8 @@ class LayerWork:
     traffic: float
     traffic_back: float
     replayed: float
+    scores: float = 0.0
+    scores_back: float = 0.0
 
     @property
     def gemm(self) -> float:
@@ -65,13 +68,42 @@ def layer_work(job: Job, number: int) -> LayerWork:
     norms, residual = 4 * tokens * hidden, 3 * tokens * hidden
     forward = norms + 2 * residual + 2 * rotary + (gates + 1) * act + moved
     backward = 6 * tokens * hidden + 2 * residual + 2 * rotary + (2 * gates + 1) * act + moved
+    scores, scores_back = score_traffic(job)
     return LayerWork(
         gemms=gemms,
+        scores=scores,
+        scores_back=scores_back,
         attention=float(inside) * job.seq_length * (model.query_width + model.value_width) / tensor,
         traffic=float(forward * size),
         traffic_back=float(backward * size),
         replayed=float((forward - residual) * size),
     )
+
+
+def score_traffic(job: Job) -> tuple[float, float]:
+    """Bytes of scores that the kernels of unfused attention read and write: forward, and in the backward pass.
+
+    Counted from Megatron-Core's DotProductAttention, kernel by kernel, each of which goes through memory: the product,
+    with PyTorch's softmax the mask and the copies in fp32 and back, softmax, dropout, the product with the values.
+    """
+    if not job.kernels.is_unfused:
+        return 0.0, 0.0
+    heads, size = job.model.num_attention_heads // job.layout.tensor, job.itemsize
+    softmax = job.softmax_itemsize
+    forward = size + 2 * softmax + size  # written by the product, softmax, read by the product with the values
+    backward = size + 3 * softmax + 2 * size  # gradient written, softmax, read by the products for query and for key
+    backward += size  # the probabilities, for the gradient of the values
+    if not job.fuses_softmax:
+        forward += 2 * softmax
+        backward += 2 * softmax
+    if softmax != size:
+        forward += 2 * (size + softmax)
+        backward += 2 * (size + softmax)
+    if job.model.attention_dropout:
+        forward += 2 * size + 1
+        backward += 2 * size + 1
+    pairs = float(heads) * job.micro_batch_size * job.seq_length * job.seq_length
+    return pairs * forward, pairs * backward
 
 
 def _attention_gemms(model: Model, tensor: int, inside: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ def groups_of(model: Model, schedule: Schedule, rank: int, every: int = 1) -> li
 
     every: `activations.residual_every`; of `every` layers one stores its input, the others rebuild it
     """
-    placement, memory = schedule.placement, model.memory(None)
+    placement, memory = schedule.placement, model.memory(None, recompute="none")
     undivided = any(action.kind == "BW" for action in schedule.ranks[rank])
     found = []
     for chunk in range(placement.num_chunks):

@@ -202,7 +202,7 @@ def _fates(model: Model, best: Settled) -> Iterable[Decision]:
         yield Decision(subject="activations.policy", fate="off", reason=untouched)
         return
     yield _policy(model, best)
-    memory = model.memory(None)
+    memory = model.memory(None, recompute="none")
     stalls = best.priced.time.get("exposed_copies", 0.0)
     hidden = stalls < 0.01 * best.priced.step_seconds
     rows: dict[tuple[str, str], list[int]] = {}

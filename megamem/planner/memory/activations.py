@@ -36,21 +36,16 @@ class _Kind:
 
 
 class ActivationMemory:
-    """The layers of one job under one activation plan (None: left to autograd), by stage of the model.
+    """The layers of one job under one activation plan, by stage of the model.
 
-    options:        what changes what layers save
-    recompute_all:  Megatron's full recomputation instead: a layer keeps its input, and everything is computed twice
+    options:  what changes what layers save
+
+    Without a plan they are left to autograd, and to Megatron's own recomputation as far as the job has it; a plan takes
+    its place.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        plan: ActivationPlan | None,
-        options: LayerOptions = STOCK_LAYERS,
-        *,
-        recompute_all: bool = False,
-    ) -> None:
-        self.job, self.plan, self.options, self.recompute_all = job, plan, options, recompute_all
+    def __init__(self, job: Job, plan: ActivationPlan | None, options: LayerOptions = STOCK_LAYERS) -> None:
+        self.job, self.plan, self.options = job if plan is None else replace(job, recompute="none"), plan, options
         self._base_apart = plan is not None and any(not rule.store_input for rule in plan.rules if not rule.untouched)
         self._kinds: dict[bool, _Kind] = {}
         self._made: dict[tuple[bool, int, bool, bool], LayerBytes] = {}
@@ -77,23 +72,21 @@ class ActivationMemory:
     def spared(self, placement: Placement, rank: int) -> list[list[LayerBytes]]:
         """The same layers, left to autograd."""
         return [
-            [self._untouched(number) for number in stage_layers(self.job, placement.stage(rank, chunk))]
+            self._untouched(stage_layers(self.job, placement.stage(rank, chunk)))
             for chunk in range(placement.num_chunks)
         ]
 
     def stage(self, stage: int) -> list[LayerBytes]:
         """The layers of one stage, in the order of the model."""
-        if self.recompute_all:
-            return [self._recomputed(number) for number in stage_layers(self.job, stage)]
+        if self.plan is None:
+            return self._stock(stage_layers(self.job, stage))
         made: list[LayerBytes] = []
         previous_can_rebuild = False
         for index, number in enumerate(stage_layers(self.job, stage)):
-            if self.plan is None:
-                made.append(self._untouched(number))
-                continue
             rule = self.plan.rule(number)
             stores = rule.store_input or not previous_can_rebuild
-            made.append(self._under(number, rule, input_is_held=index == 0 and stage > 0, stores_input=stores))
+            held = index == 0 and stage > 0
+            made.append(self._under(number, rule, input_is_held=held, stores_input=stores))
             replays = self._base_apart or made[-1].back > 0
             previous_can_rebuild = not rule.untouched and replays and not self.job.model.is_moe(number)
         return made
@@ -112,12 +105,13 @@ class ActivationMemory:
         return self._kinds[is_moe]
 
     def _under(self, number: int, rule: LayerRule, *, input_is_held: bool, stores_input: bool) -> LayerBytes:
+        """Of a layer under a rule."""
         is_moe = self.job.model.is_moe(number)
         key = is_moe, id(rule), input_is_held, stores_input
         if key not in self._made:
             kind = self.kind(number)
             found = layer_bytes(
-                kind.tensors,
+                [one for one in kind.tensors if rule.untouched or not one.shared],
                 kind.anchors,
                 rule,
                 tokens=self.job.seq_length // self.job.layout.sequence_shards,
@@ -129,15 +123,43 @@ class ActivationMemory:
             self._made[key] = replace(found, weight_gradients=kind.weight_gradients)
         return self._made[key]
 
-    def _recomputed(self, number: int) -> LayerBytes:
-        kind = self.kind(number)
-        kept = self.job.tokens * self.job.model.hidden_size * self.job.itemsize
-        whole = storage_bytes(kind.tensors)
-        return LayerBytes(kept=kept, back=whole - kept, weight_gradients=kind.weight_gradients)
+    def _stock(self, numbers: Sequence[int]) -> list[LayerBytes]:
+        """The layers of a stage as Megatron runs them."""
+        made = self._untouched(numbers)
+        if self.job.recompute != "full":
+            return made
+        by_block = self.job.recompute_method == "block"
+        size = 1 if by_block else self.job.recompute_num_layers
+        last = self.job.recompute_num_layers if by_block else len(made)
+        for start in range(0, min(last, len(made)), size):
+            made[start : start + size] = self._recomputed(numbers[start : start + size])
+        return made
 
-    def _untouched(self, number: int) -> LayerBytes:
-        kind = self.kind(number)
-        return replace(untouched_bytes(kind.tensors), weight_gradients=kind.weight_gradients)
+    def _recomputed(self, numbers: Sequence[int]) -> list[LayerBytes]:
+        """Layers that are made again together, from the input of the first: each holds those before it as well."""
+        made: list[LayerBytes] = []
+        back = 0
+        for index, number in enumerate(numbers):
+            kind = self.kind(number)
+            whole = storage_bytes(one for one in kind.tensors if not one.shared)
+            if index:
+                kept, back = 0, back + whole
+            else:
+                given = self.job.tokens * self.job.model.hidden_size * self.job.itemsize
+                kept = given + storage_bytes(one for one in kind.tensors if one.shared)
+                saves_input = any(one.name == "layer_input" and not one.on_demand for one in kind.tensors)
+                back = whole - given * saves_input
+            made.append(LayerBytes(kept=kept, back=back, weight_gradients=kind.weight_gradients))
+        return made
+
+    def _untouched(self, numbers: Sequence[int]) -> list[LayerBytes]:
+        """The layers of a stage left to autograd; what they share is with the first, whose backward pass is last."""
+        made = []
+        for index, number in enumerate(numbers):
+            kind = self.kind(number)
+            found = untouched_bytes(one for one in kind.tensors if index == 0 or not one.shared)
+            made.append(replace(found, weight_gradients=kind.weight_gradients))
+        return made
 
     def _end(self, placement: Placement, rank: int, chunk: int) -> int:
         is_last = placement.stage(rank, chunk) == placement.num_stages - 1

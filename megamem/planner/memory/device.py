@@ -10,6 +10,7 @@ from megamem.ir.job import Job
 from megamem.ir.schedule import Placement
 from megamem.planner.hardware import Hardware
 from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
+from megamem.planner.memory.inventory import score_sizes
 from megamem.planner.memory.parameters import (
     Parameters,
     kv_width,
@@ -67,6 +68,15 @@ def output_bytes(job: Job, *, fused: bool, shards: int = 1) -> int:
     return tokens * (STATISTICS_BYTES + chunk * LOGIT_BYTES)
 
 
+def _score_bytes(job: Job) -> int:
+    """Unfused attention's gradients of the scores, two at a time, and what recomputing it alone brings back."""
+    if not job.kernels.is_unfused:
+        return 0
+    heads, sizes = job.model.num_attention_heads // job.layout.tensor, score_sizes(job)
+    each = 2 * max(job.itemsize, sizes[0]) + (sum(sizes) if job.recomputes_attention else 0)
+    return heads * job.micro_batch_size * job.seq_length**2 * each
+
+
 def shared_bytes(job: Job, barriers: int, *, shards: int = 1, keep_logits: bool = False) -> int:
     """Vocabulary parallelism: what a rank keeps of one microbatch from S to T.
 
@@ -88,7 +98,7 @@ def transient_bytes(job: Job, number: int, options: LayerOptions = STOCK_LAYERS)
     mixed = query + kv_width(model, tensor) + model.value_width // tensor
     gates = 2 if model.swiglu else 1
     # Gathered input and unreduced output; flash attention accumulates the gradient of the queries in fp32.
-    attention = inside * (2 * hidden + 2 * mixed) * job.itemsize + 4 * inside * query
+    attention = inside * (2 * hidden + 2 * mixed) * job.itemsize + 4 * inside * query + _score_bytes(job)
     if model.is_moe(number):
         moe = model.experts
         assert moe is not None
@@ -103,7 +113,7 @@ def transient_bytes(job: Job, number: int, options: LayerOptions = STOCK_LAYERS)
             forward += (inside * model.ffn_hidden_size // tensor + job.tokens * hidden) * job.itemsize
     if tiles := options.tiles(job, number):
         # Of a tile, what the activation function and its backward pass have; the gradient of the whole input.
-        parts = 2 + gates + (2 if model.swiglu and job.spec == "local" else 0)
+        parts = 2 + gates + (2 if model.swiglu and not job.kernels.fused_activation else 0)
         width = model.ffn_hidden_size // tensor
         mlp = (inside * (2 * hidden + parts * width) // tiles + job.tokens * hidden) * job.itemsize
         forward += inside * width // tiles * job.itemsize

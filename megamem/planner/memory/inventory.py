@@ -2,11 +2,11 @@
 
     saved_tensors(job, number)      the tensors of layer `number` on one rank, in one microbatch
 
-Three kinds of layers are known. `local` ones, Megatron's with megamem's attention and norms, are those that the tests
-compare with real ones byte by byte. `transformer_engine` ones are written down from its source (2.20): LayerNormLinear
-saves input, normalised input and one or two numbers a token; Linear its input; flash attention query, key, value,
-output and log-sum-exp; SwiGLU the output of fc1; rotary positions nothing of their own. `unfused` ones are those of
-arXiv 2205.05198, for its formulas.
+What is saved follows from the kernels (`ir.kernels`). Megatron-Core's local layers, with its own unfused attention and
+norms or with megamem's, are those that the tests compare with real ones byte by byte, as they run on a CPU. Transformer
+Engine's are written down from its source (2.20): LayerNormLinear saves input, normalised input and one or two numbers a
+token; Linear its input; flash attention query, key, value, output and log-sum-exp; SwiGLU the output of fc1; rotary
+positions nothing of their own. With unfused attention and Megatron's kernels they are the formulas of arXiv 2205.05198.
 
 Each tensor has two sizes. `nbytes` is the memory that it covers, which is what is copied, stored or rebuilt. `storage`
 is the memory that it keeps from being freed where it stays: a value that is a view of query, key and value together
@@ -46,6 +46,7 @@ class Saved:
     routed:     whether it is of the expert part, which is handled whole and counted apart
     tiled:      whether it is kept tile by tile, by an MLP that runs in tiles
     on_demand:  whether it is not saved, but kept where replays need it
+    shared:     whether all layers of a stage save the same one, which the engine leaves where it is
     """
 
     name: str
@@ -56,6 +57,7 @@ class Saved:
     routed: bool = False
     tiled: bool = False
     on_demand: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,16 @@ def output_weight_gradient_bytes(job: Job) -> int:
     return (job.tokens * job.model.hidden_size + tokens * shard) * job.itemsize
 
 
+def score_sizes(job: Job) -> list[int]:
+    """What unfused attention keeps, in bytes a pair of tokens and head: its softmax, dropout's mask and its output, or
+    the softmax once more in the values' type.
+    """
+    size, softmax = job.itemsize, job.softmax_itemsize
+    if job.model.attention_dropout:
+        return [softmax, size if job.kernels.is_cpu else 1, size]
+    return [softmax] if softmax == size else [softmax, size]
+
+
 class _Layer:
     """One layer of a job on one rank: widths and tokens, and the lists made of them."""
 
@@ -113,7 +125,16 @@ class _Layer:
         self.output = model.value_width // self.tensor
         self.heads = model.num_attention_heads // self.tensor
         self.gates = 2 if model.swiglu else 1
-        self.is_local, self.is_unfused = job.spec == "local", job.spec == "unfused"
+        self.kernels = job.kernels
+        # PyTorch has no flash kernel with dropout on a CPU: copies of its inputs and three s x s tensors are kept then.
+        self.copies_inputs = (
+            job.kernels.is_cpu
+            and not job.kernels.is_unfused
+            and bool(model.attention_dropout)
+            and not job.recomputes_attention
+        )
+        self.is_composed = job.kernels.norm == "composed" and model.normalization == "RMSNorm"
+        self.copies_norms = self.is_composed and job.bf16
         self.is_moe = model.is_moe(number)
 
     def _saved(
@@ -125,53 +146,78 @@ class _Layer:
 
     def tensors(self) -> list[Saved]:
         """In the order in which the layer saves them."""
-        found = [self._saved("layer_input", self.tokens * self.model.hidden_size, "x", rebuilt=False)]
-        found += self._norm("input_layernorm")
+        whole = self.tokens * self.model.hidden_size
+        found = [self._saved("layer_input", whole, "x", rebuilt=False, on_demand=self.copies_norms)]
+        found += self._norm("input_layernorm", "x")
         found += self._latent() if self.model.latent is not None else self._grouped()
         found += [
             *self._scratch(),
             self._saved("attention_output", self.inside * self.output, "o", rebuilt=False),
             *self._dropout("dropout1"),
-            self._saved("pre_mlp_layernorm", self.tokens * self.model.hidden_size, "x1", anchor="projection"),
-            *self._norm("pre_mlp_layernorm", anchor="projection"),
+            *self._norm("pre_mlp_layernorm", "x1", anchor="projection"),
         ]
         found += self._experts() if self.is_moe else self._mlp(self.model.ffn_hidden_size, "mlp")
         return [*found, *self._dropout("dropout2")]
 
     def _scratch(self) -> list[Saved]:
-        """What core attention keeps to itself: the log-sum-exp of every row of scores.
-
-        PyTorch has no flash kernel with dropout on a CPU, and keeps copies of its inputs and three s x s tensors then.
-        """
+        """What core attention keeps to itself: the log-sum-exp of every row of scores, or the scores as they become."""
         path = "self_attention.core_attention"
-        if self.is_unfused:  # softmax, and with dropout its mask of one byte an element and its output
-            scores = self.heads * self.inside * self.sequence
-            sizes = [self.size, 1, self.size] if self.model.attention_dropout else [self.size]
+        if self.job.recomputes_attention:
+            return self._mask(path)
+        scores = self.heads * self.inside * self.sequence
+        if self.kernels.is_unfused:
             return [
-                self._saved(path, scores, f"scores {i}", itemsize=itemsize, rebuilt=False)
-                for i, itemsize in enumerate(sizes)
+                *self._mask(path),
+                *(
+                    self._saved(path, scores, f"scores {i}", itemsize=itemsize, rebuilt=False)
+                    for i, itemsize in enumerate(score_sizes(self.job))
+                ),
             ]
-        if self.is_local and self.model.attention_dropout:
-            scores = self.heads * self.inside * self.sequence
+        if self.copies_inputs:
             return [
                 self._saved(path, elements, f"scratch {i}", rebuilt=False)
                 for i, elements in enumerate([self.query * self.inside, self.query * self.inside] + 3 * [scores])
             ]
         return [self._saved(path, self.heads * self.inside, "lse", itemsize=_FP32, rebuilt=False)]
 
-    def _norm(self, name: str, anchor: str = "") -> list[Saved]:
-        """One number a token for RMSNorm, two for LayerNorm."""
-        numbers = 2 if self.model.normalization == "LayerNorm" else 1
+    def _mask(self, path: str) -> list[Saved]:
+        """Where scores are masked by PyTorch: which pairs of tokens are forbidden, of all layers alike."""
+        if not self.kernels.is_unfused or not self.kernels.mask:
+            return []
+        if self.job.fuses_softmax and not self.job.recomputes_attention:
+            return []
+        pairs = self.inside * self.sequence
+        return [self._saved(path, pairs, "attention mask", itemsize=1, shared=True)]
+
+    def _norm(self, name: str, storage: str, anchor: str = "") -> list[Saved]:
+        """A norm of all tokens: its input, but for the layer's own, and its statistics.
+
+        `composed` RMSNorm keeps, in fp32, its input and what it makes of it.
+        """
+        elements = self.tokens * self.model.hidden_size
+        found = []
+        if self.copies_norms:
+            found.append(self._saved(name, elements, f"{name} input", itemsize=_FP32, anchor=anchor))
+        elif storage != "x":
+            found.append(self._saved(name, elements, storage, anchor=anchor))
+        if self.is_composed:
+            found.append(self._saved(name, elements, f"{name} normalised", itemsize=_FP32, anchor=anchor))
+        return [*found, *self._statistics(name, self.tokens, anchor=anchor)]
+
+    def _statistics(self, name: str, vectors: int, anchor: str = "") -> list[Saved]:
+        """Of every vector one number for RMSNorm, two for LayerNorm."""
+        is_layer_norm = self.model.normalization == "LayerNorm"
+        itemsize = self.size if is_layer_norm and self.kernels.is_cpu else _FP32
         return [
-            self._saved(name, self.tokens, f"{name} statistics {i}", itemsize=_FP32, anchor=anchor)
-            for i in range(numbers)
+            self._saved(name, vectors, f"{name} statistics {i}", itemsize=itemsize, anchor=anchor)
+            for i in range(2 if is_layer_norm else 1)
         ]
 
     def _dropout(self, storage: str) -> list[Saved]:
         """The mask: of the tensor's own type where PyTorch's CPU kernel makes it, one byte an element elsewhere."""
         if not self.model.hidden_dropout:
             return []
-        itemsize = self.size if self.is_local else 1
+        itemsize = self.size if self.kernels.is_cpu else 1
         return [self._saved(SAVED, self.tokens * self.model.hidden_size, storage, itemsize=itemsize)]
 
     def _grouped(self) -> list[Saved]:
@@ -183,15 +229,16 @@ class _Layer:
         query_is_view = self.query == self.key or self.key == model.kv_channels
         if model.qk_layernorm:
             for name, width, is_view in (("q_layernorm", self.query, query_is_view), ("k_layernorm", self.key, True)):
-                path, heads = f"self_attention.{name}", width // model.kv_channels
-                own: dict[str, Any] = {"keeps": mixed} if is_view else {}
-                found.append(self._saved(path, width * self.inside, "qkv" if is_view else "q", anchor="qkv", **own))
-                numbers = 2 if model.normalization == "LayerNorm" else 1
-                found += [
-                    self._saved(path, heads * self.inside, f"{name} statistics {i}", itemsize=_FP32, anchor="qkv")
-                    for i in range(numbers)
-                ]
-        if self.is_local and model.position == "rope":  # cosine and sine, for query and key
+                path, elements = f"self_attention.{name}", width * self.inside
+                if self.copies_norms:
+                    found.append(self._saved(path, elements, f"{name} input", itemsize=_FP32, anchor="qkv"))
+                else:
+                    own: dict[str, Any] = {"keeps": mixed} if is_view else {}
+                    found.append(self._saved(path, elements, "qkv" if is_view else "q", anchor="qkv", **own))
+                if self.is_composed:
+                    found.append(self._saved(path, elements, f"{name} normalised", itemsize=_FP32, anchor="qkv"))
+                found += self._statistics(path, elements // model.kv_channels, anchor="qkv")
+        if not self.kernels.fused_rope and model.position == "rope":  # cosine and sine, for query and key
             found += [self._saved("self_attention", self.sequence * model.kv_channels, f"rotary {i}") for i in range(4)]
         changed = model.qk_layernorm or model.position == "rope"
         inputs = [
@@ -199,13 +246,15 @@ class _Layer:
             ("query", self.query, not changed and query_is_view),
             ("value", self.value, True),
         ]
-        if self.is_local and model.attention_dropout:
+        if self.copies_inputs:
             inputs = [("value of all heads", self.query, False)]
-        can_be_rebuilt = not (self.is_local and model.attention_dropout)
+        repeats = self.kernels.is_unfused and self.query != self.key and not self.job.recomputes_attention
+        if repeats:  # for every query head of its group
+            inputs = [inputs[1], *((f"repeated {name}", self.query, False) for name in ("key", "value"))]
         for name, width, is_view in inputs:
-            is_view = is_view and not self.is_unfused
             storage, keeps = ("qkv", mixed) if is_view else (f"{name} of attention", width * self.inside * self.size)
-            source: dict[str, Any] = {"anchor": "qkv", "keeps": keeps, "rebuilt": can_be_rebuilt}
+            is_inside = self.copies_inputs or name.startswith("repeated")  # made by attention, which does not run again
+            source: dict[str, Any] = {"anchor": "qkv", "keeps": keeps, "rebuilt": not is_inside}
             found.append(self._saved("self_attention.core_attention", width * self.inside, storage, **source))
         return found
 
@@ -230,7 +279,7 @@ class _Layer:
         width //= self.tensor
         tokens = self.inside
         found = [self._saved(f"{path}.linear_fc1", self.tokens * self.model.hidden_size, "n2", anchor="projection")]
-        if self.model.swiglu and self.is_local:
+        if self.model.swiglu and not self.kernels.fused_activation:
             # The gate is a view of fc1's output; silu(gate) and the other half have memory of their own.
             whole = 2 * width * tokens * self.size
             found.append(self._saved(path, width * tokens, f"{path} fc1", anchor="fc1", keeps=whole))
@@ -261,7 +310,7 @@ class _Layer:
             ("scores", self.tokens * moe.num_experts, 2 * _FP32 + 1),
             ("order", rows, _INT64),
         ]
-        if self.is_local:  # silu(gate), the other half, and their product before the probabilities
+        if not self.kernels.fused_activation:  # silu(gate), the other half, and their product before the probabilities
             parts += [(name, rows * width, self.size) for name in ("silu", "up", "product")[: 2 * self.gates - 1]]
         found += [
             self._saved("mlp.experts", elements, f"expert {name}", itemsize=itemsize, rebuilt=False, routed=True)

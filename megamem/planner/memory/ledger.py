@@ -55,7 +55,7 @@ class LayerBytes:
         return self.base + self.rest + self.experts + sum(self.tiles)
 
 
-def untouched_bytes(tensors: Sequence[Saved]) -> LayerBytes:
+def untouched_bytes(tensors: Iterable[Saved]) -> LayerBytes:
     """A layer left to autograd: everything stays. Experts are in `kept`: whoever counts storages finds them there."""
     return LayerBytes(kept=storage_bytes(tensors))
 

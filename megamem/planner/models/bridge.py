@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _RENAMED = {
 _INVERTED = {
     "add_bias_linear": "disable_bias_linear",
     "share_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+    "masked_softmax_fusion": "no_masked_softmax_fusion",
+    "bias_activation_fusion": "no_bias_swiglu_fusion",
+    "apply_rope_fusion": "no_rope_fusion",
 }
 _TRAIN = ("micro_batch_size", "global_batch_size")
 _ABSENT = ("", "null", "none", "false", "~")
@@ -46,6 +50,9 @@ def job_of_content(content: Mapping[str, Any], where: str, world_size: int | Non
         if key in model:
             flags[f"--{flag.replace('_', '-')}"] = "true" if _is_absent(model[key]) else "false"
     train, dataset = _part(content, "train"), _part(content, "dataset")
+    if "create_attention_mask" in dataset and _is_absent(dataset["create_attention_mask"]):
+        flags["--no-create-attention-mask-in-dataloader"] = "true"
+    flags["--attention-backend"] = getattr(model.get("attention_backend"), "name", model.get("attention_backend"))
     flags |= {f"--{key.replace('_', '-')}": train[key] for key in _TRAIN if key in train}
     length = dataset.get("sequence_length", dataset.get("seq_length"))
     if not _is_absent(length):
@@ -72,6 +79,9 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
         if _is_absent(value) or isinstance(value, Mapping):
             continue
         text = str(value).strip()
+        if flag == "--recompute-modules":
+            words += [flag, *re.findall(r"\w+", text)]
+            continue
         words += [flag] if text.lower() == "true" else [flag, text.replace(" ", "")]
     return words
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from megamem.errors import ConfigError
 from megamem.ir.job import Job, Layout
+from megamem.ir.kernels import Kernels
 from megamem.ir.model import Model
 from megamem.ir.pipeline_split import Split, ends_split, layout_text, normal_split, padded_split, parse_layout
 
@@ -24,7 +25,7 @@ _NUMBERS = (
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
-    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "recompute_num_layers"),
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
 )
 _SWITCHES = (
@@ -32,10 +33,21 @@ _SWITCHES = (
     *("untie_embeddings_and_output_weights", "multi_latent_attention", "sequence_parallel"),
     *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "recompute_activations"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("attention_softmax_in_fp32", "apply_query_key_layer_scaling", "no_masked_softmax_fusion", "no_rope_fusion"),
+    *("no_bias_swiglu_fusion", "no_create_attention_mask_in_dataloader"),
 )
+# Switches that turn off what Megatron's parser keeps under another name.
+_TURNED = {
+    "disable_bias_linear": ("add_bias_linear",),
+    "no_masked_softmax_fusion": ("masked_softmax_fusion",),
+    "no_rope_fusion": ("apply_rope_fusion",),
+    "no_bias_swiglu_fusion": ("bias_swiglu_fusion", "bias_activation_fusion"),
+    "no_create_attention_mask_in_dataloader": ("create_attention_mask_in_dataloader", "create_attention_mask"),
+}
 _WORDS = (
     *("normalization", "position_embedding_type", "hidden_dropout", "attention_dropout", "moe_layer_freq"),
-    *("transformer_impl", "recompute_granularity", "pipeline_model_parallel_layout"),
+    *("transformer_impl", "recompute_granularity", "recompute_method", "attention_backend"),
+    "pipeline_model_parallel_layout",
 )
 # Fields of Megatron's TransformerConfig that its flags have another name for.
 _FIELDS = {
@@ -69,8 +81,12 @@ def job_of_flags(line: str | Sequence[str], world_size: int | None = None) -> Jo
             global_batch_size=args.global_batch_size or (args.micro_batch_size or 1) * layout.data,
             bf16=args.bf16 or args.fp16,
             spec=args.transformer_impl if args.transformer_impl == "local" else "transformer_engine",
+            kernels=_kernels(args),
             overlap=args.overlap_grad_reduce,
             recompute="selective" if args.recompute_activations else args.recompute_granularity or "none",
+            recompute_modules=tuple(args.recompute_modules),
+            recompute_method=args.recompute_method or "uniform",
+            recompute_num_layers=args.recompute_num_layers or 1,
         )
     except ValueError as fault:
         raise ConfigError(f"--from-megatron-args: {fault}") from None
@@ -81,12 +97,13 @@ def job_of_arguments(args: argparse.Namespace, world_size: int | None = None) ->
     given = vars(args) | {flag: value for field, flag in _FIELDS.items() if (value := getattr(args, field, None))}
     words: list[str] = []
     for name in (*_NUMBERS, *_WORDS):
-        if (value := given.get(name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value).replace(" ", "")]
+        if (value := given.get(name)) is not None:  # an enumeration by its name
+            words += [f"--{name.replace('_', '-')}", str(getattr(value, "name", value)).replace(" ", "")]
     switches = {name: bool(given.get(name)) for name in _SWITCHES}
-    # Megatron's parser keeps this one the other way round.
-    if "add_bias_linear" in given:
-        switches["disable_bias_linear"] = not given["add_bias_linear"]
+    for switch, names in _TURNED.items():
+        switches[switch] = any(given.get(name) is False for name in names)
+    if given.get("recompute_modules"):
+        words += ["--recompute-modules", *given["recompute_modules"]]
     words += [f"--{name.replace('_', '-')}" for name, is_on in switches.items() if is_on]
     if given.get("pipeline_model_parallel_layout") is not None:
         words = _without(_without(words, "--num-layers-per-virtual-pipeline-stage"), _CHUNKS)
@@ -123,7 +140,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--recompute-granularity")
     parser.add_argument("--pipeline-model-parallel-layout")
+    parser.add_argument("--recompute-method")
+    parser.add_argument("--recompute-modules", nargs="*", default=["core_attn"])
+    parser.add_argument("--attention-backend", default="auto")
     return parser
+
+
+def _kernels(args: argparse.Namespace) -> Kernels:
+    """On a GPU. Megatron-Core's local attention is always unfused, Transformer Engine's where it is told to be."""
+    is_local = args.transformer_impl == "local"
+    is_fp32 = args.attention_softmax_in_fp32 or args.apply_query_key_layer_scaling
+    return Kernels(
+        attention="unfused" if is_local or args.attention_backend == "unfused" else "flash",
+        fused_softmax=not (is_local and args.no_masked_softmax_fusion),
+        softmax_fp32=is_fp32 if is_local else args.attention_backend == "unfused",
+        mask=is_local and not args.no_create_attention_mask_in_dataloader,
+        fused_activation=not args.no_bias_swiglu_fusion,
+        fused_rope=not args.no_rope_fusion,
+    )
 
 
 def _model(args: argparse.Namespace) -> Model:
@@ -261,7 +295,7 @@ def flags_of(job: Job) -> list[str]:
         ("--position-embedding-type", model.position),
         ("--hidden-dropout", model.hidden_dropout),
         ("--attention-dropout", model.attention_dropout),
-        ("--transformer-impl", "local" if job.spec == "unfused" else job.spec),
+        ("--transformer-impl", job.spec),
     ]
     if model.latent is None and model.num_query_groups != model.num_attention_heads:
         values += [("--group-query-attention", True), ("--num-query-groups", model.num_query_groups)]
@@ -282,6 +316,7 @@ def flags_of(job: Job) -> list[str]:
         ("--overlap-param-gather", job.overlap and layout.distributed_optimizer),
         *_sizes(job),
         *_special(model),
+        *_of_kernels(job),
     ]
     return [
         word
@@ -302,6 +337,19 @@ def _sizes(job: Job) -> list[tuple[str, object]]:
     if layout.split:
         values.append(("--pipeline-model-parallel-layout", layout_text(layout.split, job.model.mtp_num_layers)))
     return values
+
+
+def _of_kernels(job: Job) -> list[tuple[str, object]]:
+    kernels, is_local = job.kernels, job.spec == "local"
+    is_unfused = is_local and kernels.is_unfused
+    return [
+        ("--attention-backend", "unfused" if kernels.is_unfused and not is_local else False),
+        ("--no-masked-softmax-fusion", is_unfused and not kernels.fused_softmax),
+        ("--attention-softmax-in-fp32", is_unfused and kernels.softmax_fp32),
+        ("--no-create-attention-mask-in-dataloader", is_unfused and not kernels.mask),
+        ("--no-bias-swiglu-fusion", job.model.swiglu and not kernels.fused_activation),
+        ("--no-rope-fusion", job.model.position == "rope" and not kernels.fused_rope),
+    ]
 
 
 def _special(model: Model) -> list[tuple[str, object]]:

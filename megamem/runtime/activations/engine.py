@@ -190,7 +190,7 @@ class ActivationEngine:
         """Find out what the layer saves; refuse it if the rule wants more than can be replayed."""
         needs_replay = rule.recomputes or self.base_apart
         if not capture.layer.can_replay:
-            return survey(capture, handles, hidden)[0]
+            return survey(capture, handles, hidden, args, kwargs)[0]
         try:
             signature = learn(capture, handles, hidden, args, kwargs, call)
         except UnsupportedError:
@@ -202,7 +202,7 @@ class ActivationEngine:
                     f"({type(error).__name__}: {error}); use activations.policy: memo with swap_fraction: 1"
                 ) from error
             _LOG.info("layer %d can be swapped but not replayed: %s", capture.layer.number, error)
-            return survey(capture, handles, hidden)[0]
+            return survey(capture, handles, hidden, args, kwargs)[0]
         if needs_replay and self.verify:
             check_replayable(signature, capture.layer)
         return signature

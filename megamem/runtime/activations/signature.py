@@ -22,7 +22,7 @@ from megamem.errors import UnsupportedError
 from megamem.ir.activation import BASE, SAVED
 from megamem.runtime.activations.capture import Capture, Handle
 from megamem.runtime.activations.geometry import Geometry, Region, TokenAxis, region_of, token_axes
-from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs
+from megamem.runtime.activations.layer import AbstractLayer, Args, Kwargs, tensors_of
 from megamem.runtime.activations.replay import PackKey, Replay
 
 _PROBE_TOKENS = 16
@@ -137,13 +137,17 @@ class Signature:
         )
 
 
-def survey(capture: Capture, fixed: list[Handle], hidden: Tensor) -> tuple[Signature, dict[int, Region]]:
+def survey(
+    capture: Capture, fixed: list[Handle], hidden: Tensor, args: Args, kwargs: Kwargs
+) -> tuple[Signature, dict[int, Region]]:
     """Group the calls of the pack hook by the memory they cover, and name the groups.
 
-    Returns the signature, without sources yet, and each entry's region.
+    What the layer was given besides its input (an attention mask) stays where it is: it is the trainer's, and all
+    layers hold the same. Returns the signature, without sources yet, and each entry's region.
     """
     layer = capture.layer
-    parameters = layer.parameter_storages()
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(args, kwargs)}
+    parameters = layer.parameter_storages() | (given - {hidden.untyped_storage().data_ptr()})
     attention_output = capture.output(layer.attention)
     names: dict[Region | None, str] = {}
     if attention_output is not None and not layer.must_stay(attention_output):
@@ -346,7 +350,7 @@ def learn(capture: Capture, fixed: list[Handle], hidden: Tensor, args: Args, kwa
     why = capture.layer.only_whole(args, kwargs) or ("there are too few tokens to tell" if is_too_short else None)
     signature = Signature([], [])
     for whole_only in [why] if why else [None, "it gives other values on a part of its tokens"]:
-        signature, regions = survey(capture, fixed, hidden)
+        signature, regions = survey(capture, fixed, hidden, args, kwargs)
         signature.too_short = is_too_short
         _Learner(capture, fixed, hidden, regions, signature, whole_only).learn(args, kwargs, call)
         if not lost(signature, capture.layer):

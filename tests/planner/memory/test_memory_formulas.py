@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from megamem.ir.job import Job, Layout
+from megamem.ir.kernels import Kernels
 from megamem.ir.model import Model
 from megamem.planner.memory.inventory import saved_tensors, storage_bytes
 from megamem.planner.models import load_model
 
+UNFUSED = Kernels(attention="unfused")
 S, B, H, A = 2048, 4, 1536, 16
 GPT = Model(
     num_layers=8,
@@ -28,7 +30,7 @@ GPT = Model(
 
 def layer_bytes(layout: Layout, *, without: tuple[str, ...] = (), **changed: Any) -> int:
     """What one layer saves, without norms' statistics, which the paper leaves out, and without the tensors named."""
-    job = Job(model=GPT, layout=layout, seq_length=S, micro_batch_size=B, spec="unfused", **changed)
+    job = Job(model=GPT, layout=layout, seq_length=S, micro_batch_size=B, kernels=UNFUSED, **changed)
     tensors = saved_tensors(job, 1)
     return storage_bytes(
         one
