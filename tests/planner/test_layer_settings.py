@@ -110,7 +110,7 @@ def test_logits_are_kept_where_there_is_memory_for_them() -> None:
     assert found[0].best.frame.keep_logits and not found[1].best.frame.keep_logits
     assert found[0].best.priced.step_seconds < found[1].best.priced.step_seconds
     asked = plan_layout(PIPELINE, H100, wishes(schedule="gis", vocabulary="parallel", keep_logits=True))
-    assert asked.best.priced.step_seconds == pytest.approx(found[0].best.priced.step_seconds)
+    assert asked.best.priced.step_seconds == pytest.approx(found[0].best.priced.step_seconds, rel=0.01)
 
 
 def test_what_a_running_job_has_on_counts_when_the_rest_is_decided() -> None:

@@ -118,8 +118,9 @@ def plan_layout(
         return _fastest_plan(job, hardware, tiled, progress)
     best = planned.best
     if best.frame.barriers is not None and wishes.keep_logits is None:
-        planned = _or_other(planned, _kept_logits(planned), hardware, wishes, AS_FAST)
-    if tiled is not None and lost(best.priced) > WORTH * best.priced.step_seconds:
+        # In the order that was made for logits made twice: the best one for these is found once all is settled.
+        planned = _or_other(planned, replace(best.frame, keep_logits=True), hardware, wishes, AS_FAST)
+    if tiled is not None and _promises(planned, wishes, tiled.options, WORTH):
         planned = _or_other(planned, planned.best.frame, hardware, tiled, WORTH)
     return planned
 
@@ -130,14 +131,6 @@ def with_tiles(job: Job, wishes: Wishes) -> Wishes | None:
     if not wishes.weighs_tiles or wishes.options.mlp.is_on or options.problems(job):
         return None
     return replace(wishes, options=options, weighs_tiles=False)
-
-
-def _kept_logits(planned: LayoutPlan) -> Frame:
-    """The best frame with the logits of a shared vocabulary kept: its schedule is another one."""
-    frame = planned.best.frame
-    few = frame.schedule.num_microbatches
-    schedule = _built(planned.job, frame.name, frame.group, few, frame.barriers, keep_logits=True)
-    return replace(frame, schedule=schedule, keep_logits=True)
 
 
 def _or_other(planned: LayoutPlan, frame: Frame, hardware: Hardware, wishes: Wishes, worth: float) -> LayoutPlan:
@@ -153,16 +146,32 @@ def _or_other(planned: LayoutPlan, frame: Frame, hardware: Hardware, wishes: Wis
     return replace(planned, model=_model(planned.job, hardware, wishes), best=found, others=(best, *planned.others))
 
 
+def _promises(planned: LayoutPlan, wishes: Wishes, options: LayerOptions, worth: float) -> bool:
+    """Whether other options of its layers might make the best frame faster by `worth` of the step: by its estimate."""
+    best, model = planned.best, planned.model
+    if lost(best.priced) < worth * best.priced.step_seconds:
+        return False
+    if wishes.activations != "auto":
+        return True  # pricing them is as quick
+    ours, other = (
+        _estimated(Model(planned.job, model.hardware, model.limit, one), best.frame, wishes).seconds
+        for one in (best.options, options)
+    )
+    return other < (1 - worth / 2) * ours
+
+
 def settled_with(planned: LayoutPlan, wishes: Wishes, options: LayerOptions) -> Settled | None:
-    """The best frame of a plan with other options of its layers; None where that cannot be had."""
+    """The best frame of a plan with other options of its layers; None where that cannot be had, or is not faster."""
     frame, hardware = planned.best.frame, planned.model.hardware
-    if options.problems(planned.job):
+    if options.problems(planned.job) or not _promises(planned, wishes, options, AS_FAST):
         return None
     wishes = replace(wishes, options=options, allocator="static" if frame.static else "off")
     try:
-        return _settle(Estimated(frame=frame, job=planned.job, seconds=0.0), hardware, wishes)
+        found = _settle(Estimated(frame=frame, job=planned.job, seconds=0.0), hardware, wishes)
     except InfeasibleError:
         return None
+    is_faster = found.priced.step_seconds < (1 - AS_FAST) * planned.best.priced.step_seconds
+    return found if is_faster else None
 
 
 def _model(job: Job, hardware: Hardware, wishes: Wishes) -> Model:

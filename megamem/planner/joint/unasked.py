@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megamem.ir.plan import Alternative
-from megamem.planner.joint.layout import AS_FAST, LayoutPlan, Wishes, lost, settled_with
+from megamem.planner.joint.layout import LayoutPlan, Wishes, settled_with
 from megamem.planner.layer_options import LayerOptions
 from megamem.sections import LowPrecision, Mlp
 
@@ -21,15 +21,14 @@ _GIB = float(1 << 30)
 def unasked(planned: LayoutPlan, wishes: Wishes, step: float) -> Iterator[Alternative]:
     """The best frame with each of these options, where that is faster; `step` is what the plan takes in full."""
     best, frame = planned.best, planned.best.frame
-    if wishes.options.rebuilds or lost(best.priced) < AS_FAST * best.priced.step_seconds:
+    if wishes.options.rebuilds:
         return
-    untouched = planned.model.price(frame.setup(None))
     for options, why in _options(planned, wishes):
         found = settled_with(planned, wishes, options)
-        if found is None or found.priced.step_seconds > (1 - AS_FAST) * best.priced.step_seconds:
+        if found is None:
             continue
         left_alone = type(planned.model)(planned.job, planned.model.hardware, planned.model.limit, options)
-        less = untouched.peak - left_alone.price(frame.setup(None)).peak
+        less = planned.model.price(frame.setup(None)).peak - left_alone.price(frame.setup(None)).peak
         name, value = ("mlp.tiles", str(options.mlp.tiles)) if options.mlp.is_on else ("fp8", options.mode)
         option = name if options.mlp.is_on else "fp8.saved_activations"
         flag = f"--megamem-{option.replace('.', '-').replace('_', '-')} {value}"

@@ -48,6 +48,7 @@ class ActivationMemory:
         self.job, self.plan, self.options = job if plan is None else replace(job, recompute="none"), plan, options
         self._base_apart = plan is not None and any(not rule.store_input for rule in plan.rules if not rule.untouched)
         self._kinds: dict[bool, _Kind] = {}
+        self._stages: dict[int, list[LayerBytes]] = {}
         self._made: dict[tuple[bool, int, bool, bool], LayerBytes] = {}
 
     def books(self, schedule: Schedule) -> tuple[Book, ...]:
@@ -78,6 +79,11 @@ class ActivationMemory:
 
     def stage(self, stage: int) -> list[LayerBytes]:
         """The layers of one stage, in the order of the model."""
+        if stage not in self._stages:
+            self._stages[stage] = self._stage(stage)
+        return self._stages[stage]
+
+    def _stage(self, stage: int) -> list[LayerBytes]:
         if self.plan is None:
             return self._stock(stage_layers(self.job, stage))
         made: list[LayerBytes] = []

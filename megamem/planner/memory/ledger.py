@@ -188,6 +188,10 @@ class _Run:
     has_begun: bool = False
 
     @property
+    def has_parcels(self) -> bool:
+        return self.base is not None or self.rest is not None or bool(self.tiles)
+
+    @property
     def parcels(self) -> list[_Cargo]:
         """Those that are fetched first: of an MLP in tiles the last one's."""
         return [cargo for cargo in (self.base, self.rest, *self.tiles[-1:]) if cargo is not None]
@@ -400,12 +404,12 @@ class Ledger:
 
     def _next_after(self, run: _Run) -> _Run | None:
         later = run.previous
-        while later is not None and not later.parcels:
+        while later is not None and not later.has_parcels:
             later = later.previous
         if later is not None or not self._expected:
             return later
         runs = self._runs.get(self._expected[0], ())
-        return next((one for one in reversed(runs) if one.parcels and not one.has_begun), None)
+        return next((one for one in reversed(runs) if one.has_parcels and not one.has_begun), None)
 
     def _fetch(self, run: _Run) -> None:
         before = self._courier.staging

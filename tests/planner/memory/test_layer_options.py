@@ -19,6 +19,7 @@ from megamem.ir.schedule import Schedule
 from megamem.planner.activations import plan_activations
 from megamem.planner.layer_options import LayerOptions
 from megamem.planner.memory.activations import ActivationMemory, metered_peaks, single_rank_schedule
+from megamem.planner.memory.device import shared_bytes
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
 from megamem.testing.jobs import job_of_case
@@ -208,3 +209,40 @@ def test_experts_are_predicted_within_three_percent_on_average(dist: Dist, layou
     for mode, config in configs.items():
         measured = sum(rank[mode] for rank in found) / len(found)
         assert predicted(job, config, single_rank_schedule(4))[0] == pytest.approx(measured, rel=0.03), mode
+
+
+def kept_from_s_to_t(fields: Fields, barriers: int) -> dict[bool, int]:
+    """Bytes of what one microbatch leaves between S and T on this rank, without and with its logits."""
+    import megamem
+    from megamem.runtime.vocabulary.passes import SharedVocabulary
+    from megamem.testing.models import build_gpt, init_parallel, train_steps
+    from megamem.testing.trials import mutated
+
+    case = _case(fields, 2)
+    init_parallel(case)
+    found: dict[bool, int] = {}
+    statistics = SharedVocabulary._statistics
+    for keeps in (False, True):
+        seen = []
+
+        def watched(passes: Any, microbatch: int, seen: list[int] = seen) -> None:
+            statistics(passes, microbatch)
+            kept = passes._kept[microbatch]
+            seen.append(0 if kept.logits is None else kept.logits.untyped_storage().nbytes())
+
+        sections = {"parallel": True, "barriers": barriers, "keep_logits": keeps}
+        with mutated(SharedVocabulary, "_statistics", watched), megamem.enable({"vocabulary": sections}):
+            train_steps(build_gpt(case), case, num_microbatches=4)
+        assert len(set(seen)) == 1
+        found[keeps] = seen[0]
+    return found
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "tp": 2, "sp": True}], ids=["pp2", "tp2 sp pp2"])
+def test_kept_logits_take_what_is_predicted(dist: Dist, layout: Fields) -> None:
+    """Of a vocabulary that needs no padding; the planner counts Megatron's, the shards have none."""
+    fields = {**LLAMA, **layout, "vocab": 1024}
+    found = dist(2 * layout.get("tp", 1))(kept_from_s_to_t, fields, 1)
+    (job,) = dist(1)(_job, fields, 2, 4)
+    more = shared_bytes(job, 1, shards=2, keep_logits=True) - shared_bytes(job, 1, shards=2)
+    assert found == [{False: 0, True: more}] * len(found)
