@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, final
 
 import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
 from torch.nn import Module
 
 from megamem.integrations.megatron_layer import MegatronLayer, UnpatchedForward
@@ -19,6 +20,7 @@ from megamem.ir.schedule import Action
 from megamem.patches import GROUPS
 from megamem.patches.registry import apply
 from megamem.runtime.activations.engine import ActivationEngine
+from megamem.runtime.activations.layer import tensors_of
 from megamem.runtime.activations.meter import ActivationMeter
 from megamem.runtime.pipeline.weights import WeightQueue
 from megamem.runtime.session import AbstractSession
@@ -49,6 +51,8 @@ class MeterSession(AbstractSession):
         self, layer: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if not torch.is_grad_enabled():
+            if is_checkpointing():  # Megatron's full recomputation: the layer saves when it runs again
+                self._meter.hold_given(tensors_of(args, kwargs))
             return forward(layer, *args, **kwargs)
         known = MegatronLayer(layer)
         return self._meter.run(known.parameter_storages(), UnpatchedForward(forward, layer), args, kwargs)

@@ -319,6 +319,12 @@ def _causal_mask(case: GptCase) -> Tensor:
     return mask.expand(case.microbatch, 1, -1, -1).contiguous()
 
 
+def _loader(made: list[Batch]) -> Iterator[Batch]:
+    """Each once, kept by nobody afterwards."""
+    while made:
+        yield made.pop(0)
+
+
 def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """As in `pretrain_gpt.py`: the chunk's output, and the function that makes the loss of it."""
     batch = next(data)
@@ -371,7 +377,7 @@ def train_steps(
             chunk.zero_grad(set_to_none=True)
         if optimizer is not None:
             optimizer.zero_grad()
-        data = [iter(batches(case, num_microbatches, step=step)) for _ in chunks]  # as each chunk has a loader
+        data = [_loader(batches(case, num_microbatches, step=step)) for _ in chunks]
         results = (schedule or get_forward_backward_func())(
             forward_step_func=forward_step,
             data_iterator=data if len(chunks) > 1 else data[0],

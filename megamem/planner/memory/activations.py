@@ -138,11 +138,14 @@ class ActivationMemory:
         size = 1 if by_block else self.job.recompute_num_layers
         last = self.job.recompute_num_layers if by_block else len(made)
         for start in range(0, min(last, len(made)), size):
-            made[start : start + size] = self._recomputed(numbers[start : start + size])
+            made[start : start + size] = self._recomputed(numbers[start : start + size], is_first=start == 0)
         return made
 
-    def _recomputed(self, numbers: Sequence[int]) -> list[LayerBytes]:
-        """Layers that are made again together, from the input of the first: each holds those before it as well."""
+    def _recomputed(self, numbers: Sequence[int], *, is_first: bool) -> list[LayerBytes]:
+        """Layers that are made again together, from the input of the first: each holds those before it as well.
+
+        With the first of a stage goes what all were given: the mask.
+        """
         made: list[LayerBytes] = []
         back = 0
         for index, number in enumerate(numbers):
@@ -152,7 +155,7 @@ class ActivationMemory:
                 kept, back = 0, back + whole
             else:
                 given = self.job.tokens * self.job.model.hidden_size * self.job.itemsize
-                kept = given + storage_bytes(one for one in kind.tensors if one.shared)
+                kept = given + storage_bytes(one for one in kind.tensors if one.shared and is_first)
                 saves_input = any(one.name == "layer_input" and not one.on_demand for one in kind.tensors)
                 back = whole - given * saves_input
             made.append(LayerBytes(kept=kept, back=back, weight_gradients=kind.weight_gradients))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,6 +68,16 @@ class ActivationMeter:
             if (held := reference()) is not None:
                 self._resize(held)
         return result
+
+    def hold_given(self, tensors: Iterable[Tensor]) -> None:
+        """Count what a layer was given while it lives: a checkpoint around the layer keeps it, which no hook sees."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            holder = self._holders.setdefault(storage._cdata, [0, 0])
+            holder[0] += 1
+            self.retained.add(storage.nbytes() - holder[1])
+            holder[1] = storage.nbytes()
+            weakref.finalize(tensor, self.release, storage._cdata).atexit = False
 
     def _hold(self, tensor: Tensor, storage: torch.UntypedStorage) -> _Held:
         key = storage._cdata  # not its address, which another storage has when this one is emptied
