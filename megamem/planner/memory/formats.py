@@ -46,6 +46,7 @@ class _Rebuilt:
 
     def of(self, tensors: list[Saved]) -> Iterator[Saved]:
         """The tensors, in order."""
+        tensors = [plain for one in tensors for plain in self._plain_norm(one)]
         alone = sum(one.name == _CORE and one.storage.name == "qkv" for one in tensors) == 1
         for one in tensors:
             place, _, part = one.storage.name.rpartition(" ")
@@ -61,6 +62,19 @@ class _Rebuilt:
                 yield replace(one, storage=Storage(name="value of attention", nbytes=one.nbytes))
             else:
                 yield one
+
+    def _plain_norm(self, one: Saved) -> Iterator[Saved]:
+        """Norms are computed by kernels of our own, whatever the model's: input as it comes, statistics in fp32."""
+        norm, _, part = one.storage.name.partition(" ")
+        source = next((source for source, name in _NORMS.items() if name == norm), None)
+        job = self.job
+        if source is None or ("n1" if source == "x" else "n2") not in self.dropped:
+            yield replace(one, on_demand=False) if one.storage.name == "x" and "n1" in self.dropped else one
+        elif part.startswith("statistics"):
+            yield replace(one, nbytes=4 * job.tokens, storage=Storage(name=one.storage.name, nbytes=4 * job.tokens))
+        elif part == "input" and source != "x":
+            nbytes = job.tokens * job.model.hidden_size * job.itemsize
+            yield replace(one, nbytes=nbytes, storage=Storage(name=source, nbytes=nbytes))
 
     def _activation_input(self, one: Saved, place: str) -> Iterator[Saved]:
         """The whole output of fc1; its codes and scales; or two bits of each number."""

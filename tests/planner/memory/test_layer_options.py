@@ -36,6 +36,9 @@ LLAMA: Fields = {**SIZES, "kv_groups": 2, "ffn": 96, "activation": "swiglu", "no
 MOE: Fields = {**LLAMA, "experts": 4, "config": {"moe_shared_expert_intermediate_size": 64}}
 
 
+STOCK: Fields = {"flash_attention": False, "stock_norms": True}
+
+
 def fp8(mode: str) -> Fields:
     return {"fp8": {"saved_activations": mode, **({"group": 40} if mode in ("mlp", "all") else {})}}
 
@@ -51,6 +54,7 @@ LAYERS: dict[str, tuple[int, Fields]] = {
     "llama, bias": (1, {**LLAMA, "bias": True}),
     "llama, query norms": (1, {**LLAMA, "qk_layernorm": True}),
     "llama, dropout": (1, {**LLAMA, "dropout": 0.1}),
+    "llama, Megatron's own kernels": (1, {**LLAMA, **STOCK, "bf16": True}),
     "gpt, tp": (2, {**GPT, "tp": 2}),
     "llama, sp": (2, {**LLAMA, "tp": 2, "sp": True, "bf16": True}),
 }
@@ -112,7 +116,9 @@ def test_a_layer_saves_what_is_in_the_inventory(dist: Dist, name: str) -> None:
     for mode, (measured, entries) in dist(ranks)(saved_by_a_layer, fields, modes_of(fields))[0].items():
         memory = ActivationMemory(job, None, options_of(OPTIONS[mode]))
         tensors = memory.kind(1).tensors
-        expected = [(t.name, t.nbytes, t.rebuilt) for t in tensors if not (t.routed or t.tiled or t.on_demand)]
+        expected = [
+            (t.name, t.nbytes, t.rebuilt) for t in tensors if not (t.routed or t.tiled or t.on_demand or t.shared)
+        ]
         assert sorted(expected) == entries, mode
         assert memory.stage(0)[0].kept == measured, mode
 
