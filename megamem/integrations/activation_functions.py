@@ -8,7 +8,9 @@ exact GELU where the fused function has an approximation, the clamp where it has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,15 +21,14 @@ from torch.nn import functional
 from megamem.integrations import compat
 from megamem.kernels.activation import Activation
 
-_NAMES = ("input", "bias", "weights", "fp8_input_store", "linear_offset", "clamp_value")
-_FUSED: Mapping[str, tuple[tuple[str, ...], Activation]] = {
-    "bias_swiglu_impl": (_NAMES[:2], Activation(function="silu")),
-    "weighted_bias_swiglu_impl": (_NAMES[:3], Activation(function="silu")),
-    "bias_geglu_impl": (_NAMES[:2], Activation(function="gelu_tanh")),
-    "bias_gelu_impl": (_NAMES[:2], Activation(function="gelu_tanh", gated=False)),
-    "weighted_bias_quick_geglu_impl": (_NAMES, Activation(function="quick_gelu")),
+_FUSED: Mapping[str, Activation] = {
+    "bias_swiglu_impl": Activation(function="silu"),
+    "weighted_bias_swiglu_impl": Activation(function="silu"),
+    "bias_geglu_impl": Activation(function="gelu_tanh"),
+    "bias_gelu_impl": Activation(function="gelu_tanh", gated=False),
+    "weighted_bias_quick_geglu_impl": Activation(function="quick_gelu"),
 }
-"""Names of the fused functions' first arguments, in order, and what they compute."""
+"""What the fused functions compute, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,20 @@ class ActivationCall:
         return (*tokens, self.activation.halves, width // self.activation.halves)
 
 
-def read_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], unfused: Any | None) -> ActivationCall:
-    """A call of the fused function `name`; `unfused` is the configuration of an MLP that would not have called it."""
-    names, activation = _FUSED[name]
-    given: dict[str, Any] = {**dict.fromkeys(_NAMES), **dict(zip(names, args, strict=False)), **kwargs}
-    clamp, offset = given["clamp_value"], given["linear_offset"]
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What the arguments of a fused function are called, in its order; SwiGLU has a clamp as its last since 0.20."""
+    names = tuple(inspect.signature(function).parameters)
+    return names if "input" in names else ("input", "bias")  # `apply` of an autograd function has no names
+
+
+def read_call(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], unfused: Any | None
+) -> ActivationCall:
+    """A call of the fused `function` of this name; `unfused`: the configuration of an MLP that would not call it."""
+    activation = _FUSED[name]
+    given: dict[str, Any] = {**dict(zip(_parameters(function), args, strict=False)), **kwargs}
+    clamp, offset = given.get("clamp_value"), given.get("linear_offset")
     if unfused is not None:
         if activation.function == "gelu_tanh":
             activation = replace(activation, function="gelu")
@@ -59,10 +69,10 @@ def read_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], unfus
             offset = getattr(unfused, "glu_linear_offset", 0.0)
     if activation.gated:
         activation = replace(activation, clamp=clamp, offset=offset or 0.0)
-    source, weights = given["input"], given["weights"]
+    source, weights = given["input"], given.get("weights")
     # The fused functions take the weights of [s, b, f] inputs as [s b, 1].
     weights = None if weights is None else weights.reshape(*source.shape[:-1], 1)
-    return ActivationCall(source, given["bias"], weights, activation)
+    return ActivationCall(source, given.get("bias"), weights, activation)
 
 
 @contextmanager

@@ -34,6 +34,11 @@ def uses_low_precision(config: Any) -> bool:
     return bool(getattr(config, "fp8", None)) or bool(getattr(config, "fp4", None))
 
 
+def uses_hyper_connections(config: Any) -> bool:
+    """Whether layers carry several residual streams (mHC, since 0.20), in a forward pass of their own class."""
+    return bool(getattr(config, "enable_mhc_connections", False))
+
+
 def is_moe_layer(layer: Any) -> bool:
     """Whether a layer's MLP routes its tokens to experts. `layer.is_moe_layer` says so since 0.16 only."""
     from megatron.core.transformer.moe.moe_layer import MoELayer

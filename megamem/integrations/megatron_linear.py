@@ -27,7 +27,7 @@ from torch.nn import Module, Parameter
 
 from megamem.runtime.pipeline.weights import WeightQueue, WeightTask
 
-_NUM_ARGUMENTS = 9  # input, weight, bias, fusion, all-reduce, sequence parallel, buffer, limit, group; then GTP's size
+_GTP_SIZE = 9  # after input, weight, bias, fusion, all-reduce, sequence parallel, buffer, limit, group; since 0.19
 
 
 class SplitLinears:
@@ -64,7 +64,7 @@ class SplitLinears:
             and known() is weight
             and buffer is None
             and not hasattr(weight, "__fsdp_param__")
-            and all(size == 1 for size in arguments[_NUM_ARGUMENTS:])
+            and all(size == 1 for size in arguments[_GTP_SIZE : _GTP_SIZE + 1])  # then the output's dtype, since 0.20
             and not torch.is_autocast_enabled(source.device.type)
         )
 
@@ -205,6 +205,7 @@ def _apart(function: Any) -> Any:
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
             source, weight = ctx.saved_tensors
+            grad_output = grad_output.to(source.dtype)  # as the function does, of outputs that have another dtype
             grad_source, *rest = function.backward(_InputGradientOnly(ctx, (source, weight), []), grad_output)
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0) if ctx.sink.uses_bias else None
             ctx.sink.put(source, grad_output)

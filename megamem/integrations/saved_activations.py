@@ -226,7 +226,7 @@ class SavedActivations(Capability, AbstractActivations):
         self, name: str, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         block = self._running[-1] if self._running else _Block(None)
-        call = read_call(name, args, kwargs, block.unfused)
+        call = read_call(name, function, args, kwargs, block.unfused)
         if self._is_two_bit:
             return self._run_regelu2(call)
         format = self._activation_format
@@ -286,6 +286,8 @@ class SavedActivations(Capability, AbstractActivations):
             again = {"layernorm", "moe_act", "mlp", "moe", "shared_experts"} & set(config.recompute_modules or ())
             if again:
                 yield f"recompute_modules {', '.join(sorted(again))} run again what is made again here; leave them out"
+        if compat.uses_hyper_connections(config):
+            yield "enable_mhc_connections builds layers whose forward pass is not TransformerLayer's; switch it off"
         if getattr(config, "activation_func_fp8_input_store", False):
             yield "activation_func_fp8_input_store does the same without scales; switch it off"
         if getattr(config, "overlap_moe_expert_parallel_comm", False):

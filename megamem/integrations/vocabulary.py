@@ -353,6 +353,8 @@ def _layer_problems(layer: Any, model: Any) -> Iterator[str]:
         )
     if layer.bias is not None:
         yield "the output layer has a bias; build it without"
+    if (dtype := getattr(layer, "output_dtype", None)) not in (None, layer.config.params_dtype):
+        yield f"logit_dtype asks for logits in {dtype}, which are never in memory; leave it out"
     if getattr(layer, "gtp_remat_size", 1) > 1:
         yield "GTP shards the output layer's weight once more; switch it off"
     if hasattr(_output_weight(model), "__fsdp_param__"):

@@ -26,7 +26,8 @@ CODED = {"rebuild": FP32, "mlp": 6e-2, "all": 8e-2}
 ENDS = ("rebuild", "all")  # mlp is between them
 SMALL: Fields = {"layers": 2, "config": {"bias_activation_fusion": True}}
 PLAIN: Fields = {"layers": 2}  # activation functions that Megatron does not fuse
-CLAMPED: Fields = {"config": {"activation_func_clamp_value": 0.3, "glu_linear_offset": 0.5}}
+OFFSET: Fields = {"config": {"glu_linear_offset": 0.5}}
+CLAMP: Fields = {"activation_func_clamp_value": 0.3}  # of SwiGLU in experts only, and in fused functions too, since 0.20
 GELU: Fields = {"activation": "gelu", "norm": "LayerNorm", "bias": True}
 MOE: Fields = {"experts": 4, "config": {"bias_activation_fusion": True, "moe_shared_expert_intermediate_size": 64}}
 CENTRED: Fields = {"config": {"bias_activation_fusion": True, "layernorm_zero_centered_gamma": True}}
@@ -63,12 +64,14 @@ def compared(fields: Fields, sections: Fields) -> tuple[float, dict[str, float],
         (2, {**SMALL, "pp": 2}),
         (1, PLAIN),
         (1, {**PLAIN, **GELU}),
-        (1, {**PLAIN, **CLAMPED}),
+        (1, {**PLAIN, **OFFSET}),
+        (1, {**PLAIN, "experts": 4, "config": CLAMP}),
+        (1, {**SMALL, **MOE, "config": {**MOE["config"], **CLAMP}}),
         (1, {**PLAIN, "experts": 4}),
     ],
     ids=[
         *("llama", "gelu", "zero-centred", "tp2", "gelu tp2 sp", "moe", "moe ep2", "pp2"),
-        *("not fused", "gelu not fused", "clamped", "moe not fused"),
+        *("not fused", "gelu not fused", "offset", "clamped", "clamped fused", "moe not fused"),
     ],
 )
 def test_losses_and_gradients_are_stocks(dist: Dist, mode: str, ranks: int, fields: Fields) -> None:
