@@ -45,7 +45,7 @@ def _conflicts(layer: Any, model: Any, config: Config) -> list[str]:
     if getattr(model, "overlap_moe_expert_parallel_comm", False):
         problems.append("overlap_moe_expert_parallel_comm runs the parts of a layer on its own schedule; switch it off")
     if compat.uses_hyper_connections(model):
-        problems.append("enable_mhc_connections builds layers whose forward pass is not TransformerLayer's; switch it off")
+        problems.append("enable_mhc_connections builds layers with a forward pass of their own; switch it off")
     dropout = max(layer.hidden_dropout, model.attention_dropout)
     if dropout > 0 and any(rule.is_partial for rule in plan.rules):
         problems.append(

@@ -287,7 +287,7 @@ class SavedActivations(Capability, AbstractActivations):
             if again:
                 yield f"recompute_modules {', '.join(sorted(again))} run again what is made again here; leave them out"
         if compat.uses_hyper_connections(config):
-            yield "enable_mhc_connections builds layers whose forward pass is not TransformerLayer's; switch it off"
+            yield "enable_mhc_connections builds layers with a forward pass of their own; switch it off"
         if getattr(config, "activation_func_fp8_input_store", False):
             yield "activation_func_fp8_input_store does the same without scales; switch it off"
         if getattr(config, "overlap_moe_expert_parallel_comm", False):

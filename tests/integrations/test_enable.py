@@ -123,7 +123,7 @@ CONFLICTS: dict[str, tuple[Fields, Fields, str]] = {  # TransformerConfig attrib
     "cpu_offloading": ({"cpu_offloading": True}, SWAP, "Megatron's cpu_offloading"),
     "full recompute": ({"recompute_granularity": "full"}, SWAP, "recompute_granularity full runs every layer twice"),
     "a2a overlap": ({"overlap_moe_expert_parallel_comm": True}, SWAP, "on its own schedule"),
-    "hyper-connections": ({"enable_mhc_connections": True}, SWAP, "whose forward pass is not TransformerLayer's"),
+    "hyper-connections": ({"enable_mhc_connections": True}, SWAP, "with a forward pass of their own"),
     "dropout": ({"attention_dropout": 0.1}, HALF, "cannot be combined with dropout 0.1"),
     "fp8": ({"fp8": "hybrid"}, RECOMPUTE, "FP8 and FP4 tensors are swapped whole"),
     "fp4": ({"fp4": "e2m1"}, HALF, "FP8 and FP4 tensors are swapped whole"),

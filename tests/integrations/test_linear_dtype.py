@@ -1,4 +1,4 @@
-"""A linear layer whose output has another dtype than its input (Megatron-Core 0.20: `logit_dtype`), split by a schedule."""
+"""A linear layer whose outputs have a dtype of their own (`logit_dtype` of Megatron-Core 0.20), split by a schedule."""
 
 from __future__ import annotations
 
