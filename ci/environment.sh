@@ -113,15 +113,22 @@ install_bridge() {
     core=$("$PY" -c 'from importlib.metadata import version; print(version("megatron-core"))') || return
     case $core in
         0.16.*) bridge=0.3.1 extension=0.4.1 ;;
-        0.19.*) bridge=0.6.2 extension=0.5.0 ;;
+        0.19.*) bridge=0.6.2 extension=0.6.0 ;;
         *)
             say "no Megatron-Bridge to install beside megatron-core $core; its tests are skipped"
             return
             ;;
     esac
-    [ "$("$PY" -m pip show megatron-bridge 2>/dev/null | sed -n 's/^Version: //p')" != "$bridge" ] || return 0
+    if "$PY" -c 'import sys
+from importlib.metadata import version
+sys.exit([version("megatron-bridge"), version("nvidia-resiliency-ext")] != sys.argv[1:])' "$bridge" "$extension" \
+        2>/dev/null; then
+        return
+    fi
     say "installing megatron-bridge $bridge, without what it asks for"
     site=$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
+    # Another release is taken out first: --target would leave its metadata there, and Megatron-Core reads the version.
+    "$PY" -m pip uninstall -qq -y nvidia-resiliency-ext 2>/dev/null
     "$PY" -m pip install -qq --no-deps --upgrade --target "$site" --platform manylinux_2_39_x86_64 \
         --platform manylinux_2_31_x86_64 --only-binary=:all: "nvidia-resiliency-ext==$extension" || return
     "$PY" -m pip install -qq --no-deps "megatron-bridge==$bridge" || return

@@ -29,6 +29,6 @@ PATCHES = (
         supports="megatron-core>=0.15.3,<0.20",
         remove_when="ColumnParallelLinear.backward_dw and RowParallelLinear.backward_dw compute the weight gradient, "
         "and the function keeps its weight on its context.",
-        source_sha=frozenset({"a2f6825a10f3", "992a389e92bb", "9ffc0bd1a944"}),
+        source_sha=frozenset({"01c4d297ea57", "a2f6825a10f3", "992a389e92bb", "9ffc0bd1a944"}),
     ),
 )
