@@ -14,6 +14,7 @@ from megamem.cli import main
 from megamem.errors import ConfigError
 from megamem.ir.script_profile import parse_script_profile
 from megamem.plan_profile import load_script_profile
+from megamem.testing.trials import undeprecated
 
 Dist = Callable[[int], Callable[..., list[Any]]]
 
@@ -44,7 +45,7 @@ def profiled(folder: str, *arguments: str) -> tuple[int, str, str]:
 
     before = list(sys.path), list(sys.argv), parallel_state.initialize_model_parallel, TransformerLayer.forward
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with undeprecated(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         *options, words = arguments
         command = ["profile", "--output", f"{folder}/profile.json", *options]
         status = main([*command, "--script", f"{folder}/train.py", *words.split()])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megamem.cli import main
+from megamem.testing.trials import undeprecated
 
 Dist = Callable[[int], Callable[..., list[Any]]]
 Runner = Callable[..., list[tuple[int, str, str]]]
@@ -103,7 +104,7 @@ def standin(folder: str, *arguments: str) -> tuple[int, str, str]:
     before = list(sys.path), list(sys.argv), parallel_state.initialize_model_parallel
     out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with undeprecated(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main(["run", *arguments[:-1], str(Path(folder) / "train.py"), *arguments[-1].split()])
     except SystemExit as end:
         status = int(end.code or 0)
