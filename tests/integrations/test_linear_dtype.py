@@ -39,7 +39,7 @@ def gradients(split: bool) -> list[Any] | None:
     source = torch.randn(8, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     queue = WeightQueue()
     linears = SplitLinears(queue)
-    assert linears.learn([layer]) == 1
+    linears.learn([layer])
     if split:
         queue.collect(0, 0)
     function = layers.LinearWithGradAccumulationAndAsyncCommunication
