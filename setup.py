@@ -21,8 +21,8 @@ EXTRAS = {
     # What Megatron-Bridge imports where there is no GPU; itself it asks for packages that only a GPU machine can build
     # (Transformer Engine, Mamba), so ci/environment.sh adds it without what it asks for.
     "nemo-cpu": [
-        # Bridge 0.3, the last one on Python 3.11, is written for transformers 4; 0.6 does not import without 5. Without the
-        # floor, pip goes back to releases that must be compiled.
+        # Bridge 0.3, the last one on Python 3.11, is written for transformers 4; 0.6 does not import without 5.
+        # Without the floor, pip goes back to releases that must be compiled.
         "transformers>=4.57,<5; python_version < '3.12'",
         "transformers>=5.8,<=5.12.1; python_version >= '3.12'",
         "huggingface-hub<1; python_version < '3.12'",  # as transformers 4 asks: said here, pip need not search for it

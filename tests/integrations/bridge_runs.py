@@ -193,6 +193,7 @@ def _checkpoints(runs: Runs) -> None:
     where = str(runs.folder / "checkpoints")
     saved = {"checkpoint__save": where, "checkpoint__save_interval": 2, "train__train_iters": 2}
     runs.run("saved", lambda cfg: attach(cfg, BOTH), **saved)
+    assert not runs.found["saved"]["error"], {name: found["error"] for name, found in runs.found.items()}
     runs.found["run_config"] = (Path(where) / "iter_0000002" / "run_config.yaml").read_text()
     runs.run("resumed", checkpoint__load=where)
 
