@@ -143,9 +143,13 @@ class LayerRule:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationPlan:
-    """One rule per layer of the model; `rules[i]` is for the layer with Megatron's `layer_number` i + 1."""
+    """One rule per layer of the model; `rules[i]` is for the layer with Megatron's `layer_number` i + 1.
+
+    experts_again:  the experts of all layers are recomputed, by Megatron's own checkpoint around them
+    """
 
     rules: tuple[LayerRule, ...]
+    experts_again: bool = False
 
     def rule(self, layer_number: int) -> LayerRule:
         """The rule of a layer, by Megatron's 1-based global number; layers past the end use the last rule."""

@@ -60,7 +60,8 @@ def plan_activations(
                 store_input=(number - 1) % options.residual_every == 0,
             )
             for number, row in enumerate(rows, start=1)
-        )
+        ),
+        experts_again=options.experts == "recompute",
     )
 
 

@@ -245,7 +245,8 @@ class _Pricing:
         before = None if layer.stores_input else self.model.layer(number - 1)
         tensors = self.memory.kind(number).tensors
         replay = replay_seconds(self.model.layer(number), tensors, self.setup.plan.rule(number), before=before)
-        return always + replay
+        again = self.setup.plan.experts_again and self.job.model.is_moe(number)
+        return always + replay + (self.model.layer(number).experts if again else 0.0)
 
     def _again_by_megatron(self, number: int, layer: LayerBytes) -> float:
         forward = self.model.layer(number).forward

@@ -124,6 +124,12 @@ class LayerTime:
         return self.rebuild + latent + sum(self.anchors.values())
 
     @cached_property
+    def experts(self) -> float:
+        """Running router and experts again, with their exchanges: `activations.experts: recompute`."""
+        gemm = sum(self.work.gemms.get(name, 0.0) for name in ("router", "experts")) / self.hardware.gemm
+        return gemm + self.work.experts / self.hardware.hbm + 2 * self._exchange + 2 * self._gather
+
+    @cached_property
     def residual(self) -> float:
         """Rebuilding the layer's output from its input and attention output: sparse residuals."""
         return self.forward.total - self.forward.attention - self.forward.context_parallel

@@ -26,6 +26,7 @@ class LayerWork:
     traffic:      bytes that element-wise kernels read and write, forward
     traffic_back: the same in the backward pass
     replayed:     bytes of those that rebuilding what autograd saves runs again: all but the last residual
+    experts:      bytes of those of the experts, which no rebuilding runs
     """
 
     gemms: dict[str, float]
@@ -35,6 +36,7 @@ class LayerWork:
     replayed: float
     scores: float = 0.0
     scores_back: float = 0.0
+    experts: float = 0.0
 
     @property
     def gemm(self) -> float:
@@ -69,6 +71,7 @@ def layer_work(job: Job, number: int) -> LayerWork:
     forward = norms + 2 * residual + 2 * rotary + (gates + 1) * act + moved
     backward = 6 * tokens * hidden + 2 * residual + 2 * rotary + (2 * gates + 1) * act + moved
     scores, scores_back = score_traffic(job)
+    of_experts = (gates + 1) * act + moved if model.is_moe(number) else 0
     return LayerWork(
         gemms=gemms,
         scores=scores,
@@ -76,7 +79,8 @@ def layer_work(job: Job, number: int) -> LayerWork:
         attention=float(inside) * job.seq_length * (model.query_width + model.value_width) / tensor,
         traffic=float(forward * size),
         traffic_back=float(backward * size),
-        replayed=float((forward - residual) * size),
+        replayed=float((forward - residual - of_experts) * size),
+        experts=float(of_experts * size),
     )
 
 

@@ -12,7 +12,7 @@ from megamem.planner.fractions.problem import Group, Problem, Shares, Solution, 
 
 _KEPT, _SWAPPED = "kept", "swapped"
 _Row = dict[tuple[int, str, str], float]
-_FEW_GROUPS = 2  # beyond, HiGHS is faster, its loading included
+_FEW_GROUPS, _FEW_ROWS = 2, 64  # beyond, HiGHS is faster, its loading included
 
 
 @cache
@@ -28,7 +28,8 @@ def solve(problem: Problem, solver: str = "auto") -> Solution:
     """
     programme = _Programme(problem)
     if solver == "auto":
-        solver = "highs" if len(problem.groups) > _FEW_GROUPS and is_available() else "simplex"
+        is_large = len(problem.groups) > _FEW_GROUPS or len(programme.rows) > _FEW_ROWS
+        solver = "highs" if is_large and is_available() else "simplex"
     values = programme.by_simplex() if solver == "simplex" else programme.by_highs()
     if values is None:
         raise InfeasibleError(explain(problem))
@@ -106,11 +107,12 @@ class _Programme:
         cover = group.cover(limits.lag)
         copied: _Row = {(number, name, _SWAPPED): nbytes for name, nbytes in group.nbytes.items()}
         out = {key: nbytes / limits.to_host for key, nbytes in copied.items()}
-        self._at_most({**out, (number, "wait", "out"): -1.0}, cover * group.forward)
+        self._at_most({**out, (number, "wait", "out"): -1.0}, cover * group.forward - group.moved / limits.to_host)
         back = {key: nbytes / limits.from_host for key, nbytes in copied.items()}
         for key, value in recomputed.items():
             back[key] = back.get(key, 0.0) - cover * value
-        self._at_most({**back, (number, "wait", "in"): -1.0}, cover * (group.backward + constant))
+        covered = cover * (group.backward + constant) - group.moved / limits.from_host
+        self._at_most({**back, (number, "wait", "in"): -1.0}, covered)
         for direction in ("out", "in"):
             self.objective[self.index[number, "wait", direction]] += group.layers
 
@@ -129,23 +131,23 @@ class _Programme:
         groups = self.problem.groups
         kept: _Row = {}
         swapped: _Row = {}
-        held = 0.0
+        held = moved = 0.0
         for number, (count, group) in enumerate(zip(moment, groups, strict=True)):
             held += count * group.layers * group.held
+            moved += count * group.layers * group.moved
             for name, nbytes in group.nbytes.items():
                 kept[number, name, _KEPT] = count * group.layers * group.resident(name)
                 swapped[number, name, _SWAPPED] = count * group.layers * nbytes
         limits = self.problem.limits
-        self._at_most(swapped, limits.host)
+        self._at_most(swapped, limits.host - moved)
         for number, group in enumerate(groups):
             staged = {(number, name, _SWAPPED): group.together(name) for name in group.nbytes}
-            self._at_most(
-                {**kept, **{name: (1 + limits.lag) * nbytes for name, nbytes in staged.items()}}, limits.device - held
-            )
+            in_flight = {name: (1 + limits.lag) * nbytes for name, nbytes in staged.items()}
+            self._at_most({**kept, **in_flight}, limits.device - held - (1 + limits.lag) * group.moved)
             at_work = {**kept, **staged}
             for name in group.nbytes:
                 at_work[number, name, _KEPT] -= group.resident(name) - group.beside.get(name, 0.0)
-            self._at_most(at_work, limits.device - held - whole_bytes(group) + group.held)
+            self._at_most(at_work, limits.device - held - group.moved - whole_bytes(group) + group.held)
 
     def by_simplex(self) -> Sequence[float] | None:
         """The optimum; None where there is none."""

@@ -42,6 +42,9 @@ class Group:
     of:         layers of the group that this one is a part of; 0: it is whole
     beside:     bytes of a tensor that are never all back while the layer is at work: of an MLP in tiles
     held:       bytes that stay in device memory whatever is decided
+    moved:      bytes that go to host memory and come back whatever is decided
+    again:      bytes that are made again for the backward pass, and in no memory before
+    again_seconds:  what making them takes; `backward` has it
     forward, backward:  seconds of one layer's passes, recomputation not counted
     """
 
@@ -51,6 +54,9 @@ class Group:
     forward: float
     backward: float
     held: float = 0.0
+    moved: float = 0.0
+    again: float = 0.0
+    again_seconds: float = 0.0
     storage: Mapping[str, float] = field(default_factory=dict)
     beside: Mapping[str, float] = field(default_factory=dict)
     tiers: Mapping[str, str] = field(default_factory=dict)
@@ -153,7 +159,7 @@ def kept_bytes(group: Group, shares: Shares) -> float:
 
 def swapped_bytes(group: Group, shares: Shares) -> float:
     """Bytes of one layer and microbatch in host memory."""
-    return sum(group.nbytes[name] * share for name, share in shares.swapped.items())
+    return group.moved + sum(group.nbytes[name] * share for name, share in shares.swapped.items())
 
 
 def waits(group: Group, limits: Limits, shares: Shares) -> float:
@@ -163,6 +169,11 @@ def waits(group: Group, limits: Limits, shares: Shares) -> float:
     out = nbytes / limits.to_host - cover * group.forward
     back = nbytes / limits.from_host - cover * (group.backward + recomputation(group, shares))
     return max(0.0, out) + max(0.0, back)
+
+
+def experts_again(problem: Problem) -> float:
+    """Seconds per microbatch of what is recomputed whatever is decided."""
+    return sum(group.layers * group.again_seconds for group in problem.groups)
 
 
 def cost(problem: Problem, shares: tuple[Shares, ...]) -> float:
@@ -175,7 +186,12 @@ def cost(problem: Problem, shares: tuple[Shares, ...]) -> float:
 
 def whole_bytes(group: Group) -> float:
     """Everything of one layer and microbatch, as it is when its backward pass runs."""
-    return group.held + sum(group.together(name) for name in (*BASE, SAVED) if name in group.nbytes)
+    return (
+        group.held
+        + group.moved
+        + group.again
+        + sum(group.together(name) for name in (*BASE, SAVED) if name in group.nbytes)
+    )
 
 
 def at_work_bytes(group: Group, shares: Shares) -> float:
@@ -192,7 +208,7 @@ def device_bytes(problem: Problem, shares: tuple[Shares, ...]) -> float:
     for moment in problem.moments:
         kept = sum(count * g.layers * kept_bytes(g, s) for count, (g, s) in zip(moment, pairs, strict=True))
         for group, one in pairs:
-            copied = sum(group.together(name) * share for name, share in one.swapped.items())
+            copied = group.moved + sum(group.together(name) * share for name, share in one.swapped.items())
             most = max(most, kept + (1 + lag) * copied, kept + at_work_bytes(group, one) + copied)
     return most
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megamem.ir.activation import BASE, RECOMPUTE, SAVED, Fate
 from megamem.ir.schedule import Schedule
@@ -17,6 +18,13 @@ from megamem.planner.memory.inventory import storage_bytes
 from megamem.planner.memory.parameters import stage_layers
 
 Fates = dict[str, Fate]
+ExpertFate = Literal["keep", "swap", "recompute"]
+"""`activations.experts`: of all of them, in all layers."""
+
+
+def expert_fates(model: Model) -> tuple[ExpertFate, ...]:
+    """Those to weigh, what costs nothing first; one where there are no experts."""
+    return ("keep",) if model.job.model.experts is None else ("keep", "recompute", "swap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +36,13 @@ class Assigned:
     chunk: int
 
 
-def groups_of(model: Model, schedule: Schedule, rank: int, every: int = 1) -> list[Assigned]:
+def groups_of(
+    model: Model, schedule: Schedule, rank: int, every: int = 1, experts: ExpertFate = "keep"
+) -> list[Assigned]:
     """The groups of a rank: per chunk its dense layers and those with experts.
 
-    every: `activations.residual_every`; of `every` layers one stores its input, the others rebuild it
+    every:    `activations.residual_every`; of `every` layers one stores its input, the others rebuild it
+    experts:  `activations.experts`
     """
     placement, memory = schedule.placement, model.memory(None, recompute="none")
     undivided = any(action.kind == "BW" for action in schedule.ranks[rank])
@@ -42,6 +53,9 @@ def groups_of(model: Model, schedule: Schedule, rank: int, every: int = 1) -> li
             alike = tuple(number for number in numbers if model.job.model.is_moe(number) == is_moe)
             if alike:
                 group = _group(model, memory, alike, undivided=undivided)
+                if is_moe:
+                    moved = sum(one.nbytes for one in memory.kind(alike[0]).tensors if one.routed)
+                    group = _with_experts(group, float(moved), model.layer(alike[0]).experts, experts)
                 if every > 1 and not is_moe:
                     group = _sparse(group, model.layer(alike[0]).residual, every)
                 found.append(Assigned(group=group, numbers=alike, chunk=chunk))
@@ -77,6 +91,15 @@ def _group(model: Model, memory: ActivationMemory, numbers: Sequence[int], *, un
     )
 
 
+def _with_experts(group: Group, moved: float, seconds: float, experts: ExpertFate) -> Group:
+    """The group with its experts' tensors where they go: `moved` bytes of a layer, `seconds` to make them again."""
+    if experts == "swap":
+        return replace(group, held=0.0, moved=moved)
+    if experts == "recompute":
+        return replace(group, held=0.0, again=group.held, again_seconds=seconds, backward=group.backward + seconds)
+    return group
+
+
 def _sparse(group: Group, residual: float, every: int) -> Group:
     """The group where only every `every`-th layer stores its input; the others cost a pass without attention."""
     nbytes = {**group.nbytes, "layer_input": group.nbytes["layer_input"] / every}
@@ -98,10 +121,16 @@ def moments_of(schedule: Schedule, rank: int, assigned: Sequence[Assigned]) -> t
 
 
 def problem_of(
-    model: Model, schedule: Schedule, rank: int, device: float, host: float, every: int = 1
+    model: Model,
+    schedule: Schedule,
+    rank: int,
+    device: float,
+    host: float,
+    every: int = 1,
+    experts: ExpertFate = "keep",
 ) -> tuple[Problem, list[Assigned]]:
     """What is to be decided on a rank that has `device` bytes for activations, and `host` bytes of host memory."""
-    assigned = groups_of(model, schedule, rank, every)
+    assigned = groups_of(model, schedule, rank, every, experts)
     to_host, from_host = model.rates
     problem = Problem(
         groups=tuple(item.group for item in assigned),
@@ -112,10 +141,16 @@ def problem_of(
 
 
 def fates_of_rank(
-    model: Model, schedule: Schedule, rank: int, device: float, host: float, every: int = 1
+    model: Model,
+    schedule: Schedule,
+    rank: int,
+    device: float,
+    host: float,
+    every: int = 1,
+    experts: ExpertFate = "keep",
 ) -> tuple[dict[int, Fates], float, float]:
     """Fates by layer number, the seconds per microbatch they cost, and those of the optimum. Raises InfeasibleError."""
-    problem, assigned = problem_of(model, schedule, rank, device, host, every)
+    problem, assigned = problem_of(model, schedule, rank, device, host, every, experts)
     best = solve(problem)
     found = realise(problem, best)
     fates: dict[int, Fates] = {}

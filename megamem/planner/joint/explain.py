@@ -202,6 +202,7 @@ def _fates(model: Model, best: Settled) -> Iterable[Decision]:
         yield Decision(subject="activations.policy", fate="off", reason=untouched)
         return
     yield _policy(model, best)
+    yield from _experts(model, best)
     memory = model.memory(None, recompute="none")
     stalls = best.priced.time.get("exposed_copies", 0.0)
     hidden = stalls < 0.01 * best.priced.step_seconds
@@ -233,6 +234,29 @@ def _fates(model: Model, best: Settled) -> Iterable[Decision]:
             hidden=hidden or _word(fate) != "swap",
             reason=_reason(model, name, best.fates[numbers[0]], (whole, seconds), hidden=hidden),
         )
+
+
+def _experts(model: Model, best: Settled) -> Iterable[Decision]:
+    """What becomes of what experts save: of all of it, in all layers."""
+    numbers = [number for number in range(1, model.job.model.num_layers + 1) if model.job.model.is_moe(number)]
+    if not numbers:
+        return
+    nbytes = sum(one.nbytes for one in model.memory(None).kind(numbers[0]).tensors if one.routed)
+    seconds, fate = model.layer(numbers[0]).experts, best.activations.experts
+    rate, link = f"making it again yields {_rate(nbytes / seconds)}", f"the link copies {_rate(model.rates[0])}"
+    reasons = {
+        "keep": f"there is device memory for it; {rate}",
+        "swap": f"{rate}, {link}",
+        "recompute": f"{rate}, {link}; a layer's exchanges are run again as well",
+    }
+    yield Decision(
+        subject="activations.experts",
+        layers=text_of(numbers),
+        fate=fate,
+        nbytes=nbytes,
+        seconds=seconds,
+        reason=reasons[fate],
+    )
 
 
 def _policy(model: Model, best: Settled) -> Decision:
@@ -381,7 +405,7 @@ def _policies(model: Model, best: Settled) -> Iterable[Alternative]:
         if policy == best.activations.policy and not best.fates:
             continue  # the plan itself
         try:
-            options = with_fraction(model, frame, ONE_FRACTION[policy])
+            options = with_fraction(model, frame, replace(ONE_FRACTION[policy], experts=best.activations.experts))
         except InfeasibleError:
             continue
         priced = model.price(frame.setup(plan_activations(options, layers, model.options.low_precision)))

@@ -280,6 +280,7 @@ def _or_simpler(model: Model, wishes: Wishes, found: Settled) -> Settled:
     if not found.activations.is_on:
         return found
     for options in ONE_FRACTION.values():
+        options = replace(options, experts=found.activations.experts)
         try:
             simple = _with_wishes(model, found.frame, replace(wishes, activations=options))
         except InfeasibleError:

@@ -24,8 +24,8 @@ from megamem.ir.schedule import Placement, Schedule
 from megamem.planner.costs.work import output_flops, output_traffic
 from megamem.planner.evaluation import OPTIMIZER_BYTES, Model
 from megamem.planner.fractions.linear import explain, solve
-from megamem.planner.fractions.problem import Limits, Problem, whole_bytes
-from megamem.planner.fractions.rank import groups_of
+from megamem.planner.fractions.problem import Limits, Problem, experts_again, whole_bytes
+from megamem.planner.fractions.rank import expert_fates, groups_of
 from megamem.planner.joint.layout import Wishes
 from megamem.planner.joint.split import MOST_CHUNKS, laid_out, possible_chunks
 from megamem.planner.memory.device import output_bytes, static_bytes
@@ -155,14 +155,25 @@ class Quick:
         if rank == self.ranks - 1:
             besides += output_bytes(self.job, fused=True)
         device = self.room(rank, besides)
-        groups = tuple(item.group for item in groups_of(self.model, self._schedule(), rank))
         to_host, from_host = self.model.rates
         limits = Limits(device=device, host=host, to_host=to_host, from_host=from_host)
-        problem = Problem(groups=groups, limits=limits, moments=((flight,) * len(groups),))
-        if device <= 0:
-            raise InfeasibleError(explain(problem))
-        untouched = sum(flight * group.layers * (whole_bytes(group) + group.beside.get(SAVED, 0.0)) for group in groups)
-        return 0.0 if untouched <= 0.8 * device else solve(problem).seconds
+        fault: InfeasibleError | None = None
+        best = float("inf")
+        for experts in expert_fates(self.model):
+            groups = tuple(item.group for item in groups_of(self.model, self._schedule(), rank, 1, experts))
+            problem = Problem(groups=groups, limits=limits, moments=((flight,) * len(groups),))
+            if device <= 0:
+                raise InfeasibleError(explain(problem))
+            untouched = sum(flight * one.layers * (whole_bytes(one) + one.beside.get(SAVED, 0.0)) for one in groups)
+            if experts == "keep" and untouched <= 0.8 * device:
+                return 0.0
+            try:
+                best = min(best, solve(problem).seconds + experts_again(problem))
+            except InfeasibleError as error:
+                fault = fault or error
+        if fault is not None and best == float("inf"):
+            raise fault
+        return best
 
     @cached_property
     def _full_ranks(self) -> set[int]:

@@ -13,8 +13,8 @@ from megamem.ir.schedule import Barriers, Schedule
 from megamem.planner.activations import CODED, plan_activations
 from megamem.planner.evaluation import Model, Priced, Setup
 from megamem.planner.fractions.linear import solve
-from megamem.planner.fractions.problem import all_kept, device_bytes
-from megamem.planner.fractions.rank import Fates, fates_of_rank, problem_of
+from megamem.planner.fractions.problem import all_kept, device_bytes, experts_again
+from megamem.planner.fractions.rank import ExpertFate, Fates, expert_fates, fates_of_rank, problem_of
 from megamem.planner.fractions.table import text_of
 from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.device import output_bytes, shared_bytes, static_bytes
@@ -155,14 +155,40 @@ def estimate(model: Model, frame: Frame, *, untouched: bool = False) -> float:
     budget = Budget(model, frame).bytes
     if min(budget) <= 0:
         raise InfeasibleError(_no_room(model, budget))
-    worst = 0.0
+    tight = _tight(model, frame, budget)
+    if tight and untouched:
+        raise InfeasibleError(f"what layers save does not fit on pipeline rank {tight[0]}")
+    fault: InfeasibleError | None = None
+    best = float("inf") if tight else 0.0
+    for experts in expert_fates(model) if tight else ():
+        try:
+            best = min(best, _worst(model, frame, budget, tight, 1, experts))
+        except InfeasibleError as error:
+            fault = fault or error
+    if best == float("inf"):
+        assert fault is not None
+        raise fault
+    return best
+
+
+def _tight(model: Model, frame: Frame, budget: Sequence[float]) -> list[int]:
+    """Of the first, the middle and the last rank those that cannot keep all that their layers save."""
+    found = []
     for rank in dict.fromkeys((0, len(budget) // 2, len(budget) - 1)):
         problem, _ = problem_of(model, frame.schedule, rank, budget[rank], frame.host)
-        if device_bytes(problem, all_kept(problem)) <= budget[rank]:
-            continue
-        if untouched:
-            raise InfeasibleError(f"what layers save does not fit on pipeline rank {rank}")
-        worst = max(worst, solve(problem).seconds)
+        if device_bytes(problem, all_kept(problem)) > budget[rank]:
+            found.append(rank)
+    return found
+
+
+def _worst(
+    model: Model, frame: Frame, budget: Sequence[float], ranks: Sequence[int], every: int, experts: ExpertFate
+) -> float:
+    """Seconds per microbatch of the worst of the ranks at its optimum. Raises InfeasibleError."""
+    worst = 0.0
+    for rank in ranks:
+        problem, _ = problem_of(model, frame.schedule, rank, budget[rank], frame.host, every, experts)
+        worst = max(worst, solve(problem).seconds + experts_again(problem))
     return worst
 
 
@@ -181,15 +207,32 @@ def settle(model: Model, frame: Frame) -> Settled:
         return Settled(frame=frame, activations=Activations(), priced=untouched, options=model.options)
     fault: InfeasibleError | None = None
     for every in RESIDUALS:
-        try:
-            return _refined(model, frame, every)
-        except InfeasibleError as error:
-            fault = fault or error
+        for experts in _expert_fates(model, frame, every):
+            try:
+                return _refined(model, frame, every, experts)
+            except InfeasibleError as error:
+                fault = fault or error
     assert fault is not None
     raise fault
 
 
-def _refined(model: Model, frame: Frame, every: int) -> Settled:
+def _expert_fates(model: Model, frame: Frame, every: int) -> Sequence[ExpertFate]:
+    """What may become of experts' tensors, the cheapest first by the optimum of the fullest ranks."""
+    fates = expert_fates(model)
+    if len(fates) == 1:
+        return fates
+    budget = Budget(model, frame).bytes
+    ranks = _tight(model, frame, budget) or [0]
+    costs = {}
+    for experts in fates:
+        try:
+            costs[experts] = _worst(model, frame, budget, ranks, every, experts)
+        except InfeasibleError:
+            costs[experts] = float("inf")
+    return sorted(fates, key=costs.__getitem__)
+
+
+def _refined(model: Model, frame: Frame, every: int, experts: ExpertFate) -> Settled:
     """Settle, then give the ranks what memory the priced plan has left, as long as that helps."""
     budget = Budget(model, frame).bytes
     if min(budget) <= 0:
@@ -198,7 +241,7 @@ def _refined(model: Model, frame: Frame, every: int) -> Settled:
     host = frame.host
     for _ in range(_ROUNDS):
         try:
-            found = _once(model, replace(frame, host=host), budget, every)
+            found = _once(model, replace(frame, host=host), budget, every, experts)
         except InfeasibleError:
             if best is None:
                 raise
@@ -236,18 +279,18 @@ def _shortage(priced: Priced) -> str:
     )
 
 
-def _once(model: Model, frame: Frame, budget: Sequence[float], every: int) -> Settled:
+def _once(model: Model, frame: Frame, budget: Sequence[float], every: int, experts: ExpertFate) -> Settled:
     fates: dict[int, Fates] = {}
     seconds, best = [], []
     for rank, device in enumerate(budget):
-        found, spent, least = fates_of_rank(model, frame.schedule, rank, device, frame.host, every)
+        found, spent, least = fates_of_rank(model, frame.schedule, rank, device, frame.host, every, experts)
         fates |= found
         seconds.append(spent)
         best.append(least)
-    activations = section_of(fates, every, 0.0)
+    activations = section_of(fates, every, 0.0, experts)
     plan = plan_activations(activations, model.job.model.num_layers, model.options.low_precision)
     priced = model.price(frame.setup(plan))
-    activations = section_of(fates, every, priced.host)
+    activations = section_of(fates, every, priced.host, experts)
     return Settled(
         frame=frame,
         activations=activations,
@@ -268,7 +311,7 @@ def _computing(priced: Priced) -> tuple[float, ...]:
     )
 
 
-def section_of(fates: dict[int, Fates], every: int, host: float) -> Activations:
+def section_of(fates: dict[int, Fates], every: int, host: float, experts: ExpertFate = "keep") -> Activations:
     """The `activations` section that gives each layer its fates; `host` bytes of host memory are needed."""
     rows: dict[tuple[tuple[str, Fate], ...], list[int]] = {}
     order = (*BASE, *ANCHORS, CODED, SAVED)
@@ -277,7 +320,8 @@ def section_of(fates: dict[int, Fates], every: int, host: float) -> Activations:
         rows.setdefault(row, []).append(number)
     swaps = any(fate.tier == "host" and fate.fraction > 0 for row in rows for _, fate in row)
     table = tuple(TableRow(layers=text_of(numbers), fates=dict(row)) for row, numbers in rows.items())
-    settings: dict[str, object] = {"table": table, "residual_every": every}
+    swaps = swaps or experts == "swap"
+    settings: dict[str, object] = {"table": table, "residual_every": every, "experts": experts}
     if swaps:
         settings |= {"keep_last_layers": 0}
     if host:

@@ -31,7 +31,7 @@ def with_fraction(model: Model, frame: Frame, options: Activations) -> Activatio
     to_host, from_host = model.rates
     shares = []
     for rank in range(frame.schedule.placement.num_ranks):
-        assigned = groups_of(model, frame.schedule, rank)
+        assigned = groups_of(model, frame.schedule, rank, 1, options.experts)
         limits = Limits(device=model.limit, host=frame.host, to_host=to_host, from_host=from_host)
         for number, item in enumerate(assigned):
             flight = max(moment[number] for moment in moments_of(frame.schedule, rank, assigned))

@@ -11,6 +11,7 @@ from megamem.ir.schedule import Placement, Shape
 from megamem.planner.costs.work import layer_work, output_flops
 
 MOST_CHUNKS = 4
+_UNEVEN = 1.3  # a full stage over the average one: beyond, chunks are not weighed
 
 
 def laid_out(job: Job, chunks: int, shape: Shape = "round-robin") -> Job:
@@ -54,10 +55,14 @@ def is_balanced(job: Job) -> bool:
 def possible_chunks(job: Job) -> list[int]:
     """The numbers of chunks that its layers can be put into: those settled, or all up to `MOST_CHUNKS`.
 
-    Layers that divide by the ranks divide by the chunks as well: an uneven split would only be slower.
+    Layers that divide by the ranks divide by the chunks as well: an uneven split would only be slower. So would one
+    whose stages are far from equal: the passes of a schedule wait for the longest.
     """
     layout, layers = job.layout, job.model.num_layers
     if layout.chunks > 1:
         return [layout.chunks]
     per_rank, over = divmod(layers, layout.pipeline)
-    return [chunks for chunks in range(1, MOST_CHUNKS + 1) if (over and chunks <= per_rank) or per_rank % chunks == 0]
+    if not over:
+        return [chunks for chunks in range(1, MOST_CHUNKS + 1) if per_rank % chunks == 0]
+    counts = [(chunks, layout.pipeline * chunks) for chunks in range(2, MOST_CHUNKS + 1) if chunks <= per_rank]
+    return [1, *(chunks for chunks, stages in counts if -(-layers // stages) * stages <= _UNEVEN * layers)]

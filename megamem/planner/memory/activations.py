@@ -117,7 +117,7 @@ class ActivationMemory:
         if key not in self._made:
             kind = self.kind(number)
             found = layer_bytes(
-                [one for one in kind.tensors if rule.untouched or not one.shared],
+                self._own(kind) if rule.untouched else [one for one in kind.tensors if not one.shared],
                 kind.anchors,
                 rule,
                 tokens=self.job.seq_length // self.job.layout.sequence_shards,
@@ -126,8 +126,20 @@ class ActivationMemory:
                 stores_input=stores_input,
                 num_tiles=kind.tiles,
             )
-            self._made[key] = replace(found, weight_gradients=kind.weight_gradients)
+            self._made[key] = self._made_again(replace(found, weight_gradients=kind.weight_gradients), kind)
         return self._made[key]
+
+    def _made_again(self, layer: LayerBytes, kind: _Kind) -> LayerBytes:
+        """The layer with its experts' tensors left out, where they are recomputed."""
+        if self.plan is None or not self.plan.experts_again:
+            return layer
+        again = storage_bytes(one for one in kind.tensors if one.routed)
+        return replace(layer, routed=0, again=again)
+
+    def _own(self, kind: _Kind) -> Sequence[Saved]:
+        """What a layer saves where autograd decides: without its experts' tensors, where they are recomputed."""
+        again = self.plan is not None and self.plan.experts_again
+        return [one for one in kind.tensors if not (again and one.routed)]
 
     def _stock(self, numbers: Sequence[int]) -> list[LayerBytes]:
         """The layers of a stage as Megatron runs them."""
@@ -166,8 +178,9 @@ class ActivationMemory:
         made = []
         for index, number in enumerate(numbers):
             kind = self.kind(number)
-            found = untouched_bytes(one for one in kind.tensors if index == 0 or not one.shared)
-            made.append(replace(found, weight_gradients=kind.weight_gradients))
+            tensors = [one for one in self._own(kind) if index == 0 or not one.shared]
+            found = replace(untouched_bytes(tensors), weight_gradients=kind.weight_gradients)
+            made.append(self._made_again(found, kind))
         return made
 
     def _end(self, placement: Placement, rank: int, chunk: int) -> int:

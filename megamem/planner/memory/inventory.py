@@ -304,7 +304,6 @@ class _Layer:
         parts: list[tuple[str, int, int]] = [
             ("permuted", rows * self.model.hidden_size, self.size),
             ("probabilities", rows, _FP32),
-            ("fc1", rows * width * self.gates, self.size),
             ("activated", rows * width, self.size),
             ("indices", self.tokens * moe.topk, 2 * _INT64 + _FP32),
             ("scores", self.tokens * moe.num_experts, 2 * _FP32 + 1),
@@ -316,6 +315,10 @@ class _Layer:
             self._saved("mlp.experts", elements, f"expert {name}", itemsize=itemsize, rebuilt=False, routed=True)
             for name, elements, itemsize in parts
         ]
+        # Without a kernel for it silu saves the gate alone, which keeps the whole output of fc1.
+        half = rows * width * (1 if not self.kernels.fused_activation else self.gates)
+        whole = rows * width * self.gates * self.size
+        found.append(self._saved("mlp.experts", half, "expert fc1", keeps=whole, rebuilt=False, routed=True))
         return found
 
     def anchors(self) -> tuple[Anchor, ...]:

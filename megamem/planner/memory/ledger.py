@@ -34,7 +34,8 @@ class LayerBytes:
     experts:    of the experts, in a parcel of their own
     tiles:      of an MLP in tiles, in a parcel for each, in order
     back:       what was away, once it is all back for the backward pass
-    routed:     of the experts, where they stay; the engine does not count it
+    routed:     of the experts, where they stay; a meter does not count it
+    again:      of the experts, where they are recomputed: there in the backward pass alone; not counted either
     weight_gradients:  what W still needs after B
     stores_input:      False where the input is rebuilt from the layer before
     """
@@ -46,6 +47,7 @@ class LayerBytes:
     tiles: tuple[int, ...] = ()
     back: int = 0
     routed: int = 0
+    again: int = 0
     weight_gradients: int = 0
     stores_input: bool = True
 
@@ -128,7 +130,7 @@ def layer_bytes(
         tiles=tiles,
         experts=experts if goes else 0,
         back=back + (experts if goes else 0),
-        routed=0 if goes else experts,
+        routed=0 if goes else storage_bytes(tensor for tensor in tensors if tensor.routed),
         stores_input=stores_input,
     )
 
@@ -189,7 +191,8 @@ class _Run:
 
     @property
     def has_parcels(self) -> bool:
-        return self.base is not None or self.rest is not None or bool(self.tiles)
+        """Whether there is something to fetch."""
+        return self.base is not None or self.rest is not None or self.experts is not None or bool(self.tiles)
 
     @property
     def parcels(self) -> list[_Cargo]:
@@ -198,10 +201,10 @@ class _Run:
 
 
 class _Courier:
-    """Sources in transit, and the bytes that copies hold (`runtime.activations.parcels.Courier`)."""
+    """Sources in transit, the bytes that copies hold, and those that came back by a copy (`parcels.Courier`)."""
 
     def __init__(self) -> None:
-        self.staging = 0
+        self.staging = self.returned = 0
         self._transit: deque[_Cargo] = deque()
 
     def store(self, nbytes: int) -> _Cargo | None:
@@ -225,6 +228,7 @@ class _Courier:
         cargo.has_buffers = True
         if not cargo.has_sources:
             self.staging += cargo.nbytes
+            self.returned += cargo.nbytes
 
     def take(self, cargo: _Cargo) -> None:
         self.fetch(cargo)
@@ -242,7 +246,7 @@ class Moment(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it: what a meter shows."""
+        """All of it: what a meter shows, and what experts keep."""
         return self.kept + self.at_work + self.staging + self.weight_gradients
 
 
@@ -290,7 +294,7 @@ class Ledger:
         self._base_apart = base_apart
         self._runs: dict[tuple[int, int], list[_Run]] = {}
         self._expected: list[tuple[int, int]] = []
-        self._retained = self._waiting = self._host = 0
+        self._retained = self._routed = self._waiting = self._host = 0
         self._most, self._most_total, self._metered = Moment(), 0, 0
         self._is_storing_over = False
         self.book = Book()
@@ -303,11 +307,12 @@ class Ledger:
             self._most, self._most_total = self._now(), self._held()
             self._do(action, leaving)
             total = self._held()
-            self._metered = max(self._metered, total)
+            self._metered = max(self._metered, total - self._routed)
             self.book.during.append(self._most if self._most_total >= total else self._now())
             self.book.after.append(total)
         self.book.peak = max(self.book.during, key=_total, default=Moment())
         self.book.metered = self._metered
+        self.book.from_host = self._courier.returned + self._expert_courier.returned
         return self.book
 
     def _do(self, action: Action, leaving: set[tuple[int, int]]) -> None:
@@ -342,6 +347,7 @@ class Ledger:
         self.book.host = max(self.book.host, self._host)
         self.book.to_host += layer.host
         self._retained += layer.kept
+        self._routed += layer.routed
         runs.append(run)
         self._sample()
 
@@ -367,6 +373,7 @@ class Ledger:
         self._retire(everything=self._is_storing_over)
         self._is_storing_over = True
         if not run.layer.back:
+            self._sample(again=run.layer.again)
             self._gone(run)
 
     def _bring_back(self, run: _Run) -> None:
@@ -377,7 +384,7 @@ class Ledger:
             self._expert_courier.take(run.experts)
         run.base = run.rest = run.experts = None
         self._rebuild_input(run)
-        self._sample(at_work=run.layer.back)
+        self._sample(at_work=run.layer.back, again=run.layer.again)
         self._gone(run)
 
     def _take_tiles(self, run: _Run) -> None:
@@ -385,9 +392,7 @@ class Ledger:
         while run.tiles:
             self._courier.take(run.tiles.pop())
             for cargo in run.tiles[-1:]:
-                before = self._courier.staging
                 self._courier.fetch(cargo)
-                self.book.from_host += max(0, self._courier.staging - before)
 
     def _rebuild_input(self, run: _Run) -> None:
         """Sparse residuals: the base of the layers before is brought back ahead of the rest."""
@@ -399,6 +404,7 @@ class Ledger:
 
     def _gone(self, run: _Run) -> None:
         self._retained -= run.kept
+        self._routed -= run.layer.routed
         self._host -= run.layer.host
         run.kept = 0
 
@@ -412,7 +418,6 @@ class Ledger:
         return next((one for one in reversed(runs) if one.has_parcels and not one.has_begun), None)
 
     def _fetch(self, run: _Run) -> None:
-        before = self._courier.staging
         for cargo in run.parcels:
             self._courier.fetch(cargo)
         if run.experts is not None:
@@ -422,26 +427,28 @@ class Ledger:
             step = step.previous
             if step is not None and step.base is not None:
                 self._courier.fetch(step.base)
-        self.book.from_host += max(0, self._courier.staging - before)
 
     def _retire(self, *, everything: bool = False) -> None:
         self._courier.retire(0 if everything else 2 if self._base_apart else 1)
         self._expert_courier.retire(0 if everything else 1)
 
-    def _held(self) -> int:
-        return self._retained + self._courier.staging + self._expert_courier.staging + self._waiting
+    @property
+    def _staging(self) -> int:
+        return self._courier.staging + self._expert_courier.staging
 
-    def _sample(self, at_work: int = 0) -> None:
-        """Look at what is held, with `at_work` bytes that are back for a backward pass."""
+    def _held(self) -> int:
+        return self._retained + self._routed + self._staging + self._waiting
+
+    def _sample(self, at_work: int = 0, again: int = 0) -> None:
+        """Look at what is held, with `at_work` bytes that are back for a backward pass, and `again` made again."""
         total = self._held() + at_work
-        if total - self._waiting > self._metered:
-            self._metered = total - self._waiting
-        if total > self._most_total:
-            self._most, self._most_total = self._now(at_work), total
+        self._metered = max(self._metered, total - self._waiting - self._routed)
+        if total + again > self._most_total:
+            self._most, self._most_total = self._now(at_work + again), total + again
 
     def _now(self, at_work: int = 0) -> Moment:
-        staging = self._courier.staging + self._expert_courier.staging
-        return Moment(kept=self._retained, at_work=at_work, staging=staging, weight_gradients=self._waiting)
+        kept = self._retained + self._routed
+        return Moment(kept=kept, at_work=at_work, staging=self._staging, weight_gradients=self._waiting)
 
 
 def _total(moment: Moment) -> int:

@@ -91,7 +91,8 @@ class LayerRun:
     @property
     def has_parcels(self) -> bool:
         """Whether something of it is in host memory, or was when nothing of it was back."""
-        return bool(self.parcels) or (self.shelf is not None and self.shelf.has_parcels)
+        mine = bool(self.parcels) or self.expert_parcel is not None
+        return mine or (self.shelf is not None and self.shelf.has_parcels)
 
     @property
     def away_nbytes(self) -> int:

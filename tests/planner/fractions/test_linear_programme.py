@@ -31,7 +31,7 @@ GIB = float(1 << 30)
 
 
 def random_problem(seed: int, groups: int | None = None) -> Problem:
-    draw = random.Random(seed)
+    draw, of_experts = random.Random(seed), random.Random(-seed)
     made = []
     for _ in range(groups or draw.choice((1, 1, 2, 3))):
         anchors = {name: draw.uniform(0.5, 8) * GIB for name in ("qkv", "projection", "fc1")}
@@ -45,6 +45,8 @@ def random_problem(seed: int, groups: int | None = None) -> Problem:
                 seconds={**seconds, "saved": saved * draw.uniform(0.001, 0.02) / GIB},
                 forward=draw.uniform(0.2, 3),
                 backward=draw.uniform(0.4, 6),
+                # What experts save is not decided on by tokens: it stays, travels, or is made again.
+                **of_experts.choice(({}, {}, {"held": GIB}, {"moved": 2 * GIB}, {"again": GIB})),
             )
         )
     total = sum(group.layers * whole_bytes(group) for group in made)
@@ -247,6 +249,7 @@ def test_the_simplex_method_on_programmes_with_a_known_end() -> None:
 
 def test_memory_of_shares_is_counted_at_every_moment() -> None:
     problem = random_problem(5, groups=2)
+    problem = replace(problem, groups=tuple(replace(one, held=0.0, moved=0.0, again=0.0) for one in problem.groups))
     shares = tuple(Shares(kept={"layer_input": 1.0}, swapped={"attention_output": 1.0}) for _ in problem.groups)
     moment = problem.moments[0]
     only = replace(problem, moments=(moment,))

@@ -17,8 +17,8 @@ from megamem.config import load_config
 from megamem.ir.job import Job
 from megamem.ir.schedule import Schedule
 from megamem.planner.activations import plan_activations
-from megamem.planner.memory.activations import metered_peaks, single_rank_schedule
-from megamem.planner.memory.inventory import saved_tensors
+from megamem.planner.memory.activations import ActivationMemory, metered_peaks, single_rank_schedule
+from megamem.planner.memory.inventory import saved_tensors, storage_bytes
 from megamem.planner.memory.ledger import untouched_bytes
 from megamem.planner.schedules.families import FAMILIES, build_schedule
 from megamem.planner.schedules.family import Request
@@ -274,3 +274,35 @@ def test_experts_are_predicted_within_three_percent_on_average(dist: Dist, layou
     for name, config in configs.items():
         for expected, rank in zip(predicted(job, config, stock_schedule(fields)), found, strict=True):
             assert expected == pytest.approx(rank[name], rel=0.03 if name == "stock" else 0), name
+
+
+EXPERTS: dict[str, Fields] = {
+    "all that travels": {"policy": "recompute", "experts": "swap"},
+    "swapped": {"policy": "memo", "experts": "swap", **KEEP_NONE},
+    "recomputed": {"policy": "memo", "experts": "recompute"},
+}
+
+
+@pytest.mark.parametrize("layout", ["one rank", "pipeline"])
+def test_experts_that_go_away_are_predicted(dist: Dist, layout: str) -> None:
+    """Swapped they are in the meter's count, and how many rows that is follows the routing; recomputed they are not."""
+    fields = {**MOE, **LAYOUTS[layout]}
+    configs: dict[str, Fields] = {name: {"activations": options} for name, options in EXPERTS.items()}
+    found = dist(fields.get("pp", 1))(peaks_of_policies, fields, configs)
+    (job,) = dist(1)(_job, fields, 4, 4)
+    for name, config in configs.items():
+        for expected, rank in zip(predicted(job, config, stock_schedule(fields)), found, strict=True):
+            assert expected == pytest.approx(rank[name], rel=0 if name == "recomputed" else 0.03), name
+
+
+def test_experts_that_stay_are_in_device_memory_though_no_meter_shows_them(dist: Dist) -> None:
+    (job,) = dist(1)(_job, MOE, 4, 4)
+    experts = storage_bytes(one for one in saved_tensors(job, 1) if one.routed)
+    books = {}
+    for name in ("keep", "recompute"):
+        plan = plan_activations(load_config({"activations": {"policy": "recompute", "experts": name}}).activations, 4)
+        (books[name],) = ActivationMemory(job, plan).books(single_rank_schedule(4))
+    assert experts > 0 and books["keep"].metered == books["recompute"].metered
+    assert books["keep"].peak.total == books["keep"].metered + 4 * experts
+    assert books["recompute"].peak.total == books["recompute"].metered + experts  # of the layer at work alone
+    assert books["keep"].peak.at_work == books["recompute"].peak.at_work - experts
