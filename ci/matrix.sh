@@ -181,9 +181,11 @@ run_tests() { # NAME VERSION MINOR SOURCES
     fi
 }
 
-# pytest's own summary, without the rule that it is drawn in.
+# pytest's own summary, without the rule that it is drawn in (none with -q). Warnings of other processes may follow it.
 closing_line() {
-    tail -n 1 "$1" | sed -E 's/^=+ //; s/ =+$//'
+    local found
+    found=$(sed -nE 's/ =+$//; s/^(=+ )?((no tests ran|[0-9]+ [a-z].*) in [0-9.]+s.*)$/\2/p' "$1" | tail -n 1)
+    echo "${found:-$(tail -n 1 "$1")}"
 }
 
 ARGUMENTS=("$@")

@@ -66,6 +66,8 @@ class Patch:
     source_sha:   first 12 hex digits of the sha256 of the original's source, one per known variant; empty when the
                   body does not matter (pure wrappers).
     also:         further bindings of the same object (`from module import function` copies).
+    where_loaded: such copies in modules that are not imported for it (a trainer's), and that not every release has;
+                  replaced where the module is loaded and the name is the original.
     """
 
     target: str
@@ -75,6 +77,7 @@ class Patch:
     remove_when: str
     source_sha: frozenset[str] = frozenset()
     also: tuple[str, ...] = ()
+    where_loaded: tuple[str, ...] = ()
 
     def bound(self, *context: object) -> Patch:
         """The same patch, whose `build` is called with `context` before the original."""
@@ -87,7 +90,7 @@ class Patch:
 
     @property
     def bindings(self) -> tuple[str, ...]:
-        """All names that are replaced."""
+        """All names that are always replaced."""
         return (self.target, *self.also)
 
 
@@ -207,7 +210,7 @@ def _undeclared(patches: Iterable[Patch]) -> dict[Patch, list[str]]:
     copies: dict[Patch, list[str]] = {}
     owners: dict[int, tuple[Patch, set[tuple[str, str]]]] = {}
     for patch in patches:
-        slots = [_locate(patch, binding) for binding in patch.bindings]
+        slots = _located(patch)
         copies[patch] = []
         owners[id(_bound(slots[0]))] = patch, {(slot.owner.__name__, slot.name) for slot in slots}
     for module, name, value in _module_globals():
@@ -251,7 +254,8 @@ def ledger(groups: Mapping[str, Iterable[Patch]]) -> str:
             lines += ["", "No patch: the seams that upstream offers are enough."]
         for patch in records:
             known = ", ".join(f"`{sha}`" for sha in sorted(patch.source_sha)) or "any (a pure wrapper)"
-            also = [f"* also: {', '.join(f'`{binding}`' for binding in patch.also)}"] if patch.also else []
+            further = {"also": patch.also, "also, where loaded": patch.where_loaded}
+            also = [f"* {what}: {', '.join(f'`{name}`' for name in names)}" for what, names in further.items() if names]
             lines += ["", f"### `{patch.target}`", "", f"* why: {patch.why}", f"* supports: `{patch.supports}`"]
             lines += [*also, f"* source: {known}", f"* remove when: {patch.remove_when}"]
     return "\n".join(lines) + "\n"
@@ -281,7 +285,7 @@ def _checked(patch: Patch) -> list[_Slot]:
         raise _Refused("not installed", f"{patch.target}: needs {need}, which is not installed") from None
     if not need.specifier.contains(have, prereleases=True):
         raise _Refused("wrong version", f"{patch.target}: written for {need}, found {have}; install one that fits")
-    slots = [_locate(patch, binding) for binding in patch.bindings]
+    slots = _located(patch)
     originals = [_bound(slot) for slot in slots]
     if any(other is not originals[0] for other in originals):
         raise _Refused("moved", f"{patch.target}: {', '.join(patch.also)} no longer name the same object")
@@ -293,6 +297,16 @@ def _checked(patch: Patch) -> list[_Slot]:
             f"{patch.target}: upstream changed its source (now {sha}, known {', '.join(sorted(patch.source_sha))}); "
             "review the patch against it, then add the fingerprint",
         )
+    return slots
+
+
+def _located(patch: Patch) -> list[_Slot]:
+    """The target first. What is in `where_loaded` only as far as it is there: of another release, it may not be."""
+    slots = [_locate(patch, binding) for binding in patch.bindings]
+    for binding in patch.where_loaded:
+        module, _, name = binding.partition(":")
+        if getattr(sys.modules.get(module), "__dict__", {}).get(name) is _bound(slots[0]):
+            slots.append(_locate(patch, binding))
     return slots
 
 
@@ -354,7 +368,7 @@ def _conflicts(slots: list[_Slot]) -> list[str]:
 def _copies_message(patch: Patch, copies: list[str]) -> str:
     return (
         f"{patch.target}: copied by `from ... import` before megamem was enabled, and a copy cannot be patched: "
-        f"{', '.join(copies)}; call megamem.enable before these imports, or declare the copies in Patch.also"
+        f"{', '.join(copies)}; call megamem.enable before these imports, or declare the copies in Patch.where_loaded"
     )
 
 

@@ -80,10 +80,10 @@ def _with_section(kind: Any) -> type:
         content[_FIELD] = _given(self)
         return content
 
-    namespace = {"validate": validate, "to_dict": to_dict, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    namespace = {"validate": validate, "to_dict": to_dict, "__doc__": kind.__doc__}
     fields = [(_FIELD, dict[str, Any], dataclasses.field(default_factory=_empty))]
     made = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), namespace=namespace, kw_only=True)
-    made.__qualname__ = kind.__qualname__
+    made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__  # last: make_dataclass says its caller's
     return made
 
 

@@ -47,6 +47,7 @@ DOOR_PATCHES = (
         why="What megamem holds of the process groups has to be given back before they are destroyed.",
         supports=_SUPPORTS,
         remove_when="Megatron-Core calls hooks before its groups are destroyed.",
+        where_loaded=("megatron.training.training:destroy_model_parallel",),  # which Bridge 0.6 imports
     ),
 )
 """For scripts that do not know of megamem."""

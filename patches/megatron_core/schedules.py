@@ -28,10 +28,11 @@ PATCHES = tuple(
         "get_forward_backward_func looks these names up at every call, so all trainers come through them.",
         supports="megatron-core>=0.15.3,<0.20",
         remove_when="Megatron-Core takes a schedule from outside, and calls a hook at the end of a step.",
+        where_loaded=tuple(f"megatron.bridge.training.{trainer}:{name}" for trainer in trainers),
     )
-    for name in (
-        "forward_backward_no_pipelining",
-        "forward_backward_pipelining_without_interleaving",
-        "forward_backward_pipelining_with_interleaving",
+    for name, trainers in (
+        ("forward_backward_no_pipelining", ()),
+        ("forward_backward_pipelining_without_interleaving", ("train", "train_megatron_mimo")),  # Bridge 0.6
+        ("forward_backward_pipelining_with_interleaving", ()),
     )
 )

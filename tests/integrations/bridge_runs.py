@@ -48,14 +48,27 @@ class Watch:
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
+        self.copies: dict[str, Any] = {}
 
     def on_train_step_end(self, context: Any) -> None:
         losses = context.loss_dict or {}
         self.seen.append(([_number(value) for value in losses.values()], _number(context.grad_norm)))
 
     def on_train_end(self, context: Any) -> None:
+        self.copies = patched_where_loaded()
         for chunk in context.model:
             self.seen += [(name, weight.detach().sum().item()) for name, weight in sorted(chunk.named_parameters())]
+
+
+def patched_where_loaded() -> dict[str, Any]:
+    """What now is in the two functions' homes, and in every place that holds a copy in some release of a trainer."""
+    from megamem.patches import RECORDS
+
+    homes = [f"megatron.core.parallel_state:{verb}_model_parallel" for verb in ("initialize", "destroy")]
+    copies = [name for patches in RECORDS.values() for patch in patches for name in patch.where_loaded]
+    pairs = [(binding, *binding.split(":")) for binding in homes + copies]
+    found = {binding: getattr(sys.modules.get(module), name, None) for binding, module, name in pairs}
+    return {binding: value for binding, value in found.items() if value is not None}
 
 
 def _number(value: Any) -> float:
@@ -81,11 +94,10 @@ class Runs:
         from megatron.bridge.training.gpt_step import forward_step
         from megatron.bridge.training.initialize import destroy_global_state
         from megatron.bridge.training.pretrain import pretrain
-        from megatron.core import parallel_state
 
         from megamem.integrations.door import Door
 
-        before = parallel_state.initialize_model_parallel, parallel_state.destroy_model_parallel
+        before = patched_where_loaded()
         watch, output, error = Watch(), io.StringIO(), ""
         try:
             with contextlib.redirect_stdout(output):
@@ -100,11 +112,12 @@ class Runs:
             destroy_global_state()
             if (door := Door.current()) is not None:
                 door.abandon()
-        after = parallel_state.initialize_model_parallel, parallel_state.destroy_model_parallel
+        after = patched_where_loaded()
         self.found[name] = {
             "seen": watch.seen,
             "output": output.getvalue(),
             "error": error,
+            "left alone": [binding for binding, value in watch.copies.items() if value is before.get(binding)],
             "restored": before == after and Door.current() is None,
         }
 

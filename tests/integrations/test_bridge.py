@@ -47,6 +47,11 @@ class TestPretrain:
         assert "what it did on rank 0" in first and "swapped to host memory" in first
         assert "is on, with" not in second and "what it did" not in second
 
+    def test_the_trainers_copies_of_what_is_patched_are_replaced(self, ranks: list[Found]) -> None:
+        """Bridge 0.6 holds some when it pretrains; 0.3 holds none, and only the functions' homes are looked at."""
+        for found in ranks:
+            assert found["attached"]["left alone"] == [] and len(found["idle"]["left alone"]) >= 2
+
     def test_files_and_overrides_reach_the_section(self, ranks: list[Found]) -> None:
         same(ranks, "merged")
         assert "policy: memo" in ranks[0]["merged"]["output"] and "name: zb-h1" in ranks[0]["merged"]["output"]

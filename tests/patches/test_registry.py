@@ -203,6 +203,27 @@ def test_a_declared_copy_is_patched_and_restored(toys: Any) -> None:
     assert toys.loss is before
 
 
+def test_a_copy_declared_where_loaded_is_patched_and_restored(toys: Any) -> None:
+    patch = record("loss", where_loaded=("toy_caller:loss", "toy_caller:of_another_release", "toy_gone:loss"))
+    assert inspect_patch(patch).detail == "1 binding" and "toy_caller" not in sys.modules, "nothing is imported for it"
+    caller = importlib.import_module("toy_caller")
+    before = caller.loss
+    assert undeclared_bindings(patch) == [] and inspect_patch(patch).detail == "2 bindings"
+    with apply([patch]):
+        assert caller.train(1) == ("patched", 2)
+        assert caller.loss is toys.loss
+    assert caller.loss is before
+    assert toys.loss is before
+
+
+def test_what_is_no_copy_where_loaded_is_left_alone(toys: Any) -> None:
+    caller = importlib.import_module("toy_caller")
+    theirs = caller.loss = lambda x: "theirs"  # type: ignore[attr-defined]
+    with apply([record("loss", where_loaded=("toy_caller:loss",))]):
+        assert caller.train(1) == "theirs" and toys.loss(1) == ("patched", 2)
+    assert caller.loss is theirs
+
+
 def test_a_copy_made_while_the_patch_was_live_is_restored_too(toys: Any) -> None:
     with apply([record("loss")]):
         caller = importlib.import_module("toy_caller")
@@ -290,10 +311,11 @@ def test_a_checkout_without_metadata_is_versioned(tmp_path: Path, monkeypatch: p
 
 
 def test_the_ledger_holds_every_field() -> None:
-    patch = record("loss", also=("toy_caller:loss",), source_sha=frozenset({"b", "a"}))
+    patch = record("loss", also=("toy_caller:loss",), where_loaded=("toy_late:loss",), source_sha=frozenset({"b", "a"}))
     text = ledger({"activations": [patch], "schedule": []})
     for part in (patch.target, "toy_caller:loss", patch.why, patch.supports, "`a`, `b`", patch.remove_when):
         assert part in text
+    assert "\n* also, where loaded: `toy_late:loss`\n" in text
     assert "## schedule\n\nNo patch" in text
 
 
