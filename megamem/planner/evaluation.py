@@ -20,7 +20,7 @@ from megamem.ir.workload import PipelineCosts, StageCost, VocabularyCost
 from megamem.planner.costs.copies import CopiedLayer, Stalls, stalls
 from megamem.planner.costs.layer import LayerTime, PassTime
 from megamem.planner.costs.recompute import replay_seconds
-from megamem.planner.costs.work import output_flops, output_traffic
+from megamem.planner.costs.work import output_flops, output_traffic, projection_flops
 from megamem.planner.hardware import Hardware
 from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.activations import ActivationMemory
@@ -30,6 +30,7 @@ from megamem.planner.memory.parameters import (
     Parameters,
     stage_layers,
     stage_parameters,
+    stage_passes,
     states_of,
     vocabulary_parameters,
 )
@@ -145,6 +146,14 @@ class Model:
         return self._transients[is_moe]
 
     @cached_property
+    def output(self) -> tuple[float, float]:
+        """Seconds of the output layer's product, and of the loss, forward and backward; with multi-token prediction
+        those of all depths, and its projections among the products."""
+        depths = self.job.model.mtp_num_layers
+        logits = (1 + depths) * output_flops(self.job) + depths * projection_flops(self.job)
+        return logits / self.hardware.gemm, (1 + depths) * output_traffic(self.job) / self.hardware.hbm
+
+    @cached_property
     def hop(self) -> float:
         """A message between neighbouring pipeline ranks."""
         layout = self.job.layout
@@ -209,7 +218,7 @@ class _Pricing:
         forward = backward = weight = 0.0
         layers = self.memory.stage(stage)
         copied: list[CopiedLayer] = []
-        for number, bytes_of in zip(stage_layers(self.job, stage), layers, strict=True):
+        for number, bytes_of in zip(stage_passes(self.job, stage), layers, strict=True):
             times, again = self.model.layer(number), self._again(number, bytes_of)
             _add(kinds, times.forward, times.backward, times.weight)
             kinds["recompute"] += again
@@ -225,8 +234,7 @@ class _Pricing:
         kinds["exposed_copies"] += waits.forward + waits.backward
         forward, backward = forward + waits.forward, backward + waits.backward
         if stage == self.last and self.setup.barriers is None:
-            logits = output_flops(self.job) / self.model.hardware.gemm
-            loss = output_traffic(self.job) / self.model.hardware.hbm
+            logits, loss = self.model.output
             again = logits if self.setup.fused_loss else 0.0
             kinds["output_layer"] += 3 * logits + loss
             kinds["recompute"] += again

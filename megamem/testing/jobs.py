@@ -40,6 +40,7 @@ def job_of_case(case: GptCase, *, num_microbatches: int = 1, data: int = 1) -> J
         experts=(
             None if case.experts is None else Experts(num_experts=case.experts, topk=case.topk, ffn_hidden_size=width)
         ),
+        mtp_num_layers=case.config.get("mtp_num_layers") or 0,
     )
     layout = Layout(
         tensor=case.tp,

@@ -148,6 +148,12 @@ def output_flops(job: Job, shards: int = 1) -> float:
     return 2.0 * inside * job.model.hidden_size * padded_vocabulary(job.model, parts) / parts
 
 
+def projection_flops(job: Job) -> float:
+    """The product of a depth of multi-token prediction that joins hidden states and embeddings, forward, on a rank."""
+    inside = job.seq_length // job.layout.context * job.micro_batch_size
+    return 4.0 * inside * job.model.hidden_size**2 / job.layout.tensor
+
+
 def output_traffic(job: Job, shards: int = 1) -> float:
     """Bytes that the loss reads and writes on one rank, forward and backward together."""
     inside = job.seq_length // job.layout.context * job.micro_batch_size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megamem.errors import InfeasibleError, MegamemError
+from megamem.ir.activation import ActivationPlan
 from megamem.ir.job import Job
 from megamem.ir.schedule import Barriers, Schedule
 from megamem.ir.workload import HasCosts, StageCost, Uniform, Workload
@@ -195,7 +196,8 @@ def _fastest_plan(job: Job, hardware: Hardware, wishes: Wishes, progress: Callab
         raise InfeasibleError(
             f"{job_text(job)}: nothing fits: {faults[0] if faults else 'no schedule can be built for it'}"
         )
-    settled.sort(key=lambda pair: pair[1].priced.step_seconds)
+    if len(settled) > 1:
+        settled.sort(key=lambda pair: _seconds_in_full(pair[0], pair[1], hardware, wishes))
     chosen, best = settled[0]
     return LayoutPlan(
         job=chosen,
@@ -398,16 +400,33 @@ def _schedules(job: Job, names: Sequence[str], wishes: Wishes) -> Iterator[tuple
 
 def in_full(planned: LayoutPlan) -> LayoutPlan:
     """The plan with all microbatches of the step, unless they are too many to go through one by one."""
-    best, job = planned.best, planned.job
-    count = job.num_microbatches * job.layout.pipeline * best.frame.schedule.placement.num_chunks
-    if not best.frame.more or count > _MOST_PASSES:
+    best = planned.best
+    if (frame := _whole(planned.job, best.frame)) is None:
         return planned
-    keeps = best.frame.keep_logits
-    schedule = _built(job, best.frame.name, best.frame.group, None, best.frame.barriers, keep_logits=keeps)
-    frame = replace(best.frame, schedule=schedule, more=0)
-    coded = best.options.low_precision
-    plan = plan_activations(best.activations, job.model.num_layers, coded) if best.activations.is_on else None
-    return replace(planned, best=replace(best, frame=frame, priced=planned.model.price(frame.setup(plan))))
+    priced = planned.model.price(frame.setup(_plan_of(planned.job, best)))
+    return replace(planned, best=replace(best, frame=frame, priced=priced))
+
+
+def _whole(job: Job, frame: Frame) -> Frame | None:
+    """The frame with all microbatches of the step; None where it has them, or they are too many."""
+    count = job.num_microbatches * job.layout.pipeline * frame.schedule.placement.num_chunks
+    if not frame.more or count > _MOST_PASSES:
+        return None
+    schedule = _built(job, frame.name, frame.group, None, frame.barriers, keep_logits=frame.keep_logits)
+    return replace(frame, schedule=schedule, more=0)
+
+
+def _plan_of(job: Job, one: Settled) -> ActivationPlan | None:
+    if not one.activations.is_on:
+        return None
+    return plan_activations(one.activations, job.model.num_layers, one.options.low_precision)
+
+
+def _seconds_in_full(job: Job, one: Settled, hardware: Hardware, wishes: Wishes) -> float:
+    """A step with all its microbatches: what a few of them leave out is the schedule's own delay, which adds up."""
+    if (frame := _whole(job, one.frame)) is None:
+        return one.priced.step_seconds
+    return _model(job, hardware, wishes).step_seconds(frame.setup(_plan_of(job, one)))
 
 
 def _built(

@@ -21,7 +21,6 @@ from functools import cached_property
 from megamem.errors import InfeasibleError
 from megamem.ir.activation import SAVED
 from megamem.ir.schedule import Placement, Schedule
-from megamem.planner.costs.work import output_flops, output_traffic
 from megamem.planner.evaluation import OPTIMIZER_BYTES, Model
 from megamem.planner.fractions.linear import explain, solve
 from megamem.planner.fractions.problem import Limits, Problem, experts_again, whole_bytes
@@ -30,7 +29,7 @@ from megamem.planner.joint.layout import Wishes
 from megamem.planner.joint.split import MOST_CHUNKS, laid_out, possible_chunks
 from megamem.planner.memory.device import output_bytes, static_bytes
 from megamem.planner.memory.inventory import weight_gradient_bytes
-from megamem.planner.memory.parameters import stage_layers, stage_parameters, states_of
+from megamem.planner.memory.parameters import stage_layers, stage_parameters, stage_passes, states_of
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
 
@@ -60,14 +59,13 @@ class Quick:
     def passes(self, rank: int) -> tuple[float, float, float]:
         """F, B and W of one microbatch on a rank."""
         forward = backward = weight = 0.0
-        for number in self.layers[rank]:
+        for number in stage_passes(self.job, rank):
             times = self.model.layer(number)
             forward += times.forward.total
             backward += times.backward.total + times.again
             weight += times.weight.total
         if rank == self.ranks - 1:
-            logits = output_flops(self.job) / self.model.hardware.gemm
-            loss = output_traffic(self.job) / self.model.hardware.hbm
+            logits, loss = self.model.output
             forward, backward, weight = forward + logits + loss / 2, backward + logits + loss / 2, weight + logits
         return forward, backward, weight
 

@@ -24,7 +24,7 @@ from megamem.planner.memory.device import static_bytes
 from megamem.planner.schedules.families import FAMILIES
 
 MICRO_BATCHES = (1, 2, 4, 8)
-_TO_PLAN = 2
+_TO_PLAN, _MOST_TO_PLAN = 2, 16  # layouts that are planned in full, and tried
 _LEAST_STEP = 1024  # tokens: the longest sequence is found to within so many
 
 
@@ -124,33 +124,54 @@ def search(
     jobs = [one for one in layouts_of(job, gpus, hardware, fixed) if runs_schedule(one, wishes)]
     if not jobs:
         raise InfeasibleError(_no_layout(job, gpus, fixed, wishes))
-    queue = sorted((Quick(_model(one, hardware, wishes)).bound(), number) for number, one in enumerate(jobs))
-    best: list[tuple[float, int]] = []  # the fastest estimates, as a heap of the slowest of them
-    fault, tried = "", 0
-    for least, number in queue:
-        if least == float("inf") or (len(best) == _TO_PLAN and least > -best[0][0]):
-            break
-        tried += 1
-        progress(f"{jobs[number].layout.text()} ({tried} of at most {len(jobs)} layouts)")
-        seconds, why = _estimate(jobs[number], hardware, wishes)
-        fault = fault or why
-        if seconds < float("inf"):
-            heapq.heappush(best, (-seconds, number))
-            if len(best) > _TO_PLAN:
-                heapq.heappop(best)
-    plans = []
-    for _, number in sorted(best, reverse=True):
+    ranking = _Ranking(jobs, hardware, wishes, progress)
+    plans: list[LayoutPlan] = []
+    for tried, one in enumerate(ranking):
         try:
-            plans.append(plan_layout(jobs[number], hardware, wishes, progress))
+            plans.append(plan_layout(one, hardware, wishes, progress))
         except InfeasibleError as error:
-            fault = fault or str(error)
+            ranking.fault = ranking.fault or str(error)
+        if len(plans) == _TO_PLAN or tried == _MOST_TO_PLAN:
+            break
     if not plans:
-        short = fault or _states_text(jobs, hardware, wishes)
+        short = ranking.fault or _states_text(jobs, hardware, wishes)
         raise InfeasibleError(
             f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {short}; --min-gpus finds how many are needed"
         )
     plans.sort(key=lambda plan: plan.best.priced.step_seconds)
-    return Found(plans=tuple(plans), layouts=len(jobs), estimated=tried)
+    return Found(plans=tuple(plans), layouts=len(jobs), estimated=ranking.estimated)
+
+
+class _Ranking:
+    """Layouts in the order of their estimates, no more of them estimated than that takes.
+
+    fault:      why the first that has no estimate has none
+    estimated:  how many were estimated so far
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], hardware: Hardware, wishes: Wishes, progress: Callable[[str], None]
+    ) -> None:
+        self._jobs, self._hardware, self._wishes, self._progress = jobs, hardware, wishes, progress
+        self.fault, self.estimated = "", 0
+
+    def __iter__(self) -> Iterator[Job]:
+        bounds = (Quick(_model(one, self._hardware, self._wishes)).bound() for one in self._jobs)
+        queue = sorted((bound, number) for number, bound in enumerate(bounds) if bound < float("inf"))
+        found: list[tuple[float, int]] = []  # estimated, as a heap
+        for least, number in queue:
+            while found and found[0][0] <= least:
+                yield self._jobs[heapq.heappop(found)[1]]
+            self.estimated += 1
+            self._progress(
+                f"{self._jobs[number].layout.text()} ({self.estimated} of at most {len(self._jobs)} layouts)"
+            )
+            seconds, why = _estimate(self._jobs[number], self._hardware, self._wishes)
+            self.fault = self.fault or why
+            if seconds < float("inf"):
+                heapq.heappush(found, (seconds, number))
+        while found:
+            yield self._jobs[heapq.heappop(found)[1]]
 
 
 def _estimate(job: Job, hardware: Hardware, wishes: Wishes) -> tuple[float, str]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from megamem.ir.job import Job
 from megamem.ir.pipeline_split import Split, balanced_split, dealt_split
 from megamem.ir.schedule import Placement, Shape
-from megamem.planner.costs.work import layer_work, output_flops
+from megamem.planner.costs.work import layer_work, output_flops, projection_flops
 
 MOST_CHUNKS = 4
 _UNEVEN = 1.3  # a full stage over the average one: beyond, chunks are not weighed
@@ -35,11 +35,13 @@ def _split(job: Job, shape: Shape) -> Split:
         and (work := layer_work(job, number))
     }
     costs = tuple(flops[model.is_moe(number)] for number in range(1, model.num_layers + 1))
+    depths = model.mtp_num_layers
+    last = (1 + depths) * output_flops(job) + depths * (costs[-1] + projection_flops(job))
     if job.layout.chunks == 1:
-        return _balanced(costs, stages, output_flops(job))
+        return _balanced(costs, stages, last)
     placement = Placement(shape=shape, num_ranks=job.layout.pipeline, num_chunks=job.layout.chunks)
     ranks = tuple(placement.rank_of(stage) for stage in range(stages))
-    return _dealt(model.num_layers, ranks, output_flops(job) * len(costs) / sum(costs))
+    return _dealt(model.num_layers, ranks, last * len(costs) / sum(costs))
 
 
 _balanced, _dealt = lru_cache(maxsize=4096)(balanced_split), lru_cache(maxsize=4096)(dealt_split)

@@ -20,7 +20,7 @@ from megamem.planner.memory.inventory import (
     weight_gradient_bytes,
 )
 from megamem.planner.memory.ledger import Book, LayerBytes, Ledger, layer_bytes, untouched_bytes
-from megamem.planner.memory.parameters import stage_layers
+from megamem.planner.memory.parameters import stage_passes
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
 
@@ -73,7 +73,7 @@ class ActivationMemory:
     def spared(self, placement: Placement, rank: int) -> list[list[LayerBytes]]:
         """The same layers, left to autograd."""
         return [
-            self._untouched(stage_layers(self.job, placement.stage(rank, chunk)))
+            self._untouched(stage_passes(self.job, placement.stage(rank, chunk)))
             for chunk in range(placement.num_chunks)
         ]
 
@@ -84,15 +84,19 @@ class ActivationMemory:
         return self._stages[stage]
 
     def _stage(self, stage: int) -> list[LayerBytes]:
+        layers, last = stage_passes(self.job, stage), self.job.model.num_layers
         if self.plan is None:
-            return self._stock(stage_layers(self.job, stage))
+            own = [number for number in layers if number <= last]
+            more = [layer for number in layers[len(own) :] for layer in self._stock([number])]
+            return [*self._stock(own), *(replace(layer, begins=True) for layer in more)]
         made: list[LayerBytes] = []
         previous_can_rebuild = False
-        for index, number in enumerate(stage_layers(self.job, stage)):
+        for index, number in enumerate(layers):
             rule = self.plan.rule(number)
-            stores = rule.store_input or not previous_can_rebuild
+            stores = rule.store_input or not previous_can_rebuild or number > last
             held = index == 0 and stage > 0
-            made.append(self._under(number, rule, input_is_held=held, stores_input=stores))
+            found = self._under(number, rule, input_is_held=held, stores_input=stores)
+            made.append(replace(found, begins=True) if number > last else found)
             replays = self._base_apart or made[-1].back > 0
             previous_can_rebuild = not rule.untouched and replays and not self.job.model.is_moe(number)
         return made

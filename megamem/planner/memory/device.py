@@ -58,14 +58,20 @@ def buffer_bytes(job: Job) -> int:
 
 
 def output_bytes(job: Job, *, fused: bool, shards: int = 1) -> int:
-    """What the output layer and the loss of one microbatch hold on a rank at most."""
+    """What the output layer and the loss of one microbatch hold on a rank at most.
+
+    With multi-token prediction the losses of all depths wait for the backward pass together, and so do the inputs of
+    its norms, its projection (twice the hidden size) and the output layer.
+    """
     tokens = job.seq_length // job.layout.context * job.micro_batch_size
+    depths = job.model.mtp_num_layers
+    frames = 5 * depths * job.tokens * job.model.hidden_size * job.itemsize
     parts = job.layout.tensor * shards
     entries = padded_vocabulary(job.model, parts) // parts
     if not fused and shards == 1:
-        return tokens * entries * LOGIT_BYTES
+        return (1 + depths) * tokens * entries * LOGIT_BYTES + frames
     chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (tokens * job.itemsize)), max(1, entries // 4))
-    return tokens * (STATISTICS_BYTES + chunk * LOGIT_BYTES)
+    return tokens * ((1 + depths) * STATISTICS_BYTES + chunk * LOGIT_BYTES) + frames
 
 
 def _score_bytes(job: Job) -> int:

@@ -93,10 +93,14 @@ def weight_gradient_bytes(job: Job, number: int, *, tiles: int = 0) -> int:
 
 
 def output_weight_gradient_bytes(job: Job) -> int:
-    """What W still needs of the output layer: its input, and the gradient of the logits."""
+    """What W still needs of the output layer: its input, and the gradient of the logits.
+
+    Multi-token prediction has them again, and those of its projection from twice the hidden size.
+    """
     tokens = job.seq_length // job.layout.context * job.micro_batch_size
     shard = padded_vocabulary(job.model, job.layout.tensor) // job.layout.tensor
-    return (job.tokens * job.model.hidden_size + tokens * shard) * job.itemsize
+    hidden, depths = job.tokens * job.model.hidden_size, job.model.mtp_num_layers
+    return ((1 + depths) * (hidden + tokens * shard) + depths * 3 * hidden) * job.itemsize
 
 
 def score_sizes(job: Job) -> list[int]:

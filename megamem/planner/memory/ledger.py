@@ -38,6 +38,7 @@ class LayerBytes:
     again:      of the experts, where they are recomputed: there in the backward pass alone; not counted either
     weight_gradients:  what W still needs after B
     stores_input:      False where the input is rebuilt from the layer before
+    begins:     its input is no layer's output: a layer of multi-token prediction
     """
 
     kept: int
@@ -50,6 +51,7 @@ class LayerBytes:
     again: int = 0
     weight_gradients: int = 0
     stores_input: bool = True
+    begins: bool = False
 
     @property
     def host(self) -> int:
@@ -178,7 +180,10 @@ class _Cargo:
 
 @dataclass(slots=True)
 class _Run:
-    """One layer in one microbatch, between its forward and its backward pass."""
+    """One layer in one microbatch, between its forward and its backward pass.
+
+    segment:  layers that follow on each other have the same (`runtime.activations.order`)
+    """
 
     layer: LayerBytes
     previous: _Run | None
@@ -187,6 +192,7 @@ class _Run:
     experts: _Cargo | None = None
     tiles: list[_Cargo] = field(default_factory=list)
     kept: int = 0
+    segment: int = 0
     has_begun: bool = False
 
     @property
@@ -293,7 +299,7 @@ class Ledger:
         self._courier, self._expert_courier = _Courier(), _Courier()
         self._base_apart = base_apart
         self._runs: dict[tuple[int, int], list[_Run]] = {}
-        self._expected: list[tuple[int, int]] = []
+        self._expected: list[tuple[int, int, int]] = []
         self._retained = self._routed = self._waiting = self._host = 0
         self._most, self._most_total, self._metered = Moment(), 0, 0
         self._is_storing_over = False
@@ -301,7 +307,13 @@ class Ledger:
 
     def run(self, actions: Sequence[Action]) -> Book:
         """The book of a step whose order of backward passes is known from the steps before."""
-        self._expected = [(a.chunk, a.microbatch) for a in actions if a.kind in ("B", "BW")]
+        ends = [sum(layer.begins for layer in chunk) for chunk in self._chunks]
+        self._expected = [
+            (a.chunk, a.microbatch, segment)
+            for a in actions
+            if a.kind in ("B", "BW")
+            for segment in range(ends[a.chunk], -1, -1)
+        ]
         leaving = {(a.chunk, a.microbatch) for a in actions if a.kind == "OFFLOAD"}
         for action in actions:
             self._most, self._most_total = self._now(), self._held()
@@ -336,7 +348,9 @@ class Ledger:
         self._retire()
         self._is_storing_over = False
         runs = self._runs[key]
-        run = _Run(layer, runs[-1] if runs else None, kept=layer.kept)
+        before = runs[-1] if runs else None
+        segment = 0 if before is None else before.segment + layer.begins
+        run = _Run(layer, None if layer.begins else before, kept=layer.kept, segment=segment)
         for nbytes in layer.tiles:
             if (cargo := self._courier.store(nbytes)) is not None:
                 run.tiles.append(cargo)
@@ -352,10 +366,10 @@ class Ledger:
         self._sample()
 
     def _backward(self, key: tuple[int, int], *, splits: bool) -> None:
-        if self._expected and self._expected[0] == key:
-            self._expected.pop(0)
         self._waiting += self._ends[key[0]] if splits else 0
-        for run in reversed(self._runs.pop(key)):
+        for run in reversed(self._runs[key]):
+            if self._expected and self._expected[0] == (*key, run.segment):
+                self._expected.pop(0)
             self._begin(run)
             if run.layer.back:
                 self._bring_back(run)
@@ -363,6 +377,7 @@ class Ledger:
             if splits:
                 self._waiting += run.layer.weight_gradients
                 self._sample()
+        del self._runs[key]
 
     def _begin(self, run: _Run) -> None:
         run.has_begun = True
@@ -414,8 +429,9 @@ class Ledger:
             later = later.previous
         if later is not None or not self._expected:
             return later
-        runs = self._runs.get(self._expected[0], ())
-        return next((one for one in reversed(runs) if one.has_parcels and not one.has_begun), None)
+        chunk, microbatch, segment = self._expected[0]
+        runs = (one for one in reversed(self._runs.get((chunk, microbatch), ())) if one.segment == segment)
+        return next((one for one in runs if one.has_parcels and not one.has_begun), None)
 
     def _fetch(self, run: _Run) -> None:
         for cargo in run.parcels:

@@ -132,6 +132,13 @@ def stage_layers(job: Job, stage: int) -> range:
     return range(stage * per_stage + 1, (stage + 1) * per_stage + 1)
 
 
+def stage_passes(job: Job, stage: int) -> range:
+    """The layers of a stage, and behind those of the last one the layers of multi-token prediction, numbered on."""
+    numbers = stage_layers(job, stage)
+    more = job.model.mtp_num_layers if stage == job.layout.num_stages - 1 else 0
+    return range(numbers.start, numbers.stop + more)
+
+
 def stage_parameters(job: Job, stage: int, *, shards_vocabulary: bool = False) -> Parameters:
     """The parameters of one stage on one rank. With vocabulary parallelism the embeddings are of no stage."""
     model, layout = job.model, job.layout
