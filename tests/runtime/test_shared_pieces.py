@@ -29,7 +29,7 @@ CAPTURE: Any = SimpleNamespace(layer=LAYER, output=lambda path: None)
 
 def learned(tensors: list[Any]) -> tuple[Signature, list[Handle]]:
     handles = [Handle(tensor, "part") for tensor in tensors]
-    signature, _ = survey(CAPTURE, handles, torch.empty(TOKENS, 1, 4))
+    signature, _ = survey(CAPTURE, handles, torch.empty(TOKENS, 1, 4), (), {})
     return signature, handles
 
 
