@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -40,10 +39,10 @@ def profile_script(options: argparse.Namespace) -> int:
     try:
         script, arguments, request = _checked(options)
         with rig(options.cpu):
-            from megamem.integrations.script_profile import Enough, ProfileDoor, Watch, enough_steps
+            from megamem.integrations.script_profile import ProfileDoor, Watch, enough_steps, stopped_when_enough
 
             watch = Watch(options.steps, _progress(is_main))
-            with contextlib.suppress(Enough):  # it was stopped in its training loop
+            with stopped_when_enough():
                 run_behind(ProfileDoor(request, watch), script, arguments)
             profile = enough_steps(watch, str(script), options.steps)
             content = _measured_machine(options, profile) if not options.no_hardware else None

@@ -6,11 +6,13 @@ which change no number; where the script, or a `--megamem` flag, switches megame
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
@@ -38,6 +40,22 @@ WARM_UP = 1
 
 class Enough(SystemExit):
     """All that is asked for has been measured; raised out of the script's training loop, on every rank alike."""
+
+
+@contextlib.contextmanager
+def stopped_when_enough() -> Iterator[None]:
+    """Ends with the block where `Enough` is raised in it. Megatron-Bridge logs that as a failed run, since 0.6."""
+    log = logging.getLogger("megatron.bridge.training.pretrain")
+    log.addFilter(_is_failure)
+    try:
+        with contextlib.suppress(Enough):
+            yield
+    finally:
+        log.removeFilter(_is_failure)
+
+
+def _is_failure(logged: logging.LogRecord) -> bool:
+    return not (logged.exc_info and isinstance(logged.exc_info[1], Enough))
 
 
 @final

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
+import logging.handlers
 import os
 import sys
 import time
@@ -241,11 +243,14 @@ def _measured_then_planned(runs: Runs) -> None:
     script, profile, plan = (str(runs.folder / name) for name in ("unchanged.py", "profile.json", "plan.yaml"))
     before = list(sys.path), list(sys.argv)
     runs.example.watch = Watch()  # type: ignore[attr-defined]
-    out = io.StringIO()
+    out, logged = io.StringIO(), logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL)
+    logging.getLogger("megatron.bridge.training.pretrain").addHandler(logged)
     with contextlib.redirect_stdout(out):
         command = ["profile", "--no-hardware", "--output", profile, "--script", script]
         runs.found["profiled"] = main([*command, "--config-file", "", "train.train_iters=9"])
     sys.path[:], sys.argv[:] = before
+    logging.getLogger("megatron.bridge.training.pretrain").removeHandler(logged)
+    runs.found["profile's errors"] = [one.getMessage() for one in logged.buffer if one.levelno >= logging.ERROR]
     destroy_global_state()
     with contextlib.redirect_stdout(out):
         asked = ["--gpu", "h100", "--schedule", "zb-h1", "-o", plan]

@@ -124,6 +124,7 @@ class TestAScriptThatKnowsNothing:
 
     def test_three_commands_lead_from_the_script_to_its_plan_to_the_same_bits(self, ranks: list[Found]) -> None:
         assert ranks[0]["profiled"] == ranks[1]["profiled"] == 0
+        assert ranks[0]["profile's errors"] == [], "that it is stopped is no failure"
         same(ranks, "as planned")
         output = ranks[0]["as planned"]["output"]
         assert "a step:" in output and "activations of rank 0, MiB" in output  # of the profile, and of the plan
