@@ -37,9 +37,8 @@ def split_problems(args: argparse.Namespace) -> list[str]:
     """Why the layers cannot be divided as asked."""
     ranks = args.pipeline_model_parallel_size
     if args.split_fault:
-        return [f"--{name.replace('_', '-')}: {args.split_fault}" for name in SPLITS if vars(args)[name] is not None][
-            :1
-        ]
+        name = next(name for name in SPLITS if vars(args)[name] is not None)
+        return [f"--{name.replace('_', '-')}: {args.split_fault}"]
     problems = []
     if args.pipeline_model_parallel_layout is not None:
         stages = len(args.stage_layers)

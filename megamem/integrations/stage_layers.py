@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from megatron.core.transformer.enums import LayerType
 
-from megamem.ir.pipeline_split import Split, ends_split, normal_split, padded_split
+from megamem.ir.pipeline_split import Split, normal_split
+from megamem.planner.models.flags import split_of_flags
 
 
 def split_of(config: Any) -> Split:
@@ -15,10 +17,11 @@ def split_of(config: Any) -> Split:
     if (layout := config.pipeline_model_parallel_layout) is not None:
         stages = [layout.layout[rank][chunk] for chunk in range(chunks) for rank in range(pipeline)]
         return normal_split([stage.count(LayerType.decoder) for stage in stages])
-    first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
-    if first is not None or last is not None:
-        return ends_split(config.num_layers, pipeline, chunks, first=first, last=last)
-    embedding, loss = config.account_for_embedding_in_pipeline_split, config.account_for_loss_in_pipeline_split
-    if embedding or loss:
-        return padded_split(config.num_layers, pipeline, chunks, embedding=embedding, loss=loss)
-    return ()
+    flags = Namespace(
+        num_layers=config.num_layers,
+        decoder_first_pipeline_num_layers=config.num_layers_in_first_pipeline_stage,
+        decoder_last_pipeline_num_layers=config.num_layers_in_last_pipeline_stage,
+        account_for_embedding_in_pipeline_split=config.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=config.account_for_loss_in_pipeline_split,
+    )
+    return split_of_flags(flags, pipeline, chunks)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megamem.errors import InfeasibleError
 from megamem.ir.activation import BASE, RECOMPUTE, SAVED, Fate
 from megamem.ir.schedule import Schedule
 from megamem.planner.activations import CODED
@@ -25,6 +26,20 @@ ExpertFate = Literal["keep", "swap", "recompute"]
 def expert_fates(model: Model) -> tuple[ExpertFate, ...]:
     """Those to weigh, what costs nothing first; one where there are no experts."""
     return ("keep",) if model.job.model.experts is None else ("keep", "recompute", "swap")
+
+
+def least_over_experts(model: Model, cost: Callable[[ExpertFate], float]) -> float:
+    """The least cost over what may become of experts' tensors. Raises the first InfeasibleError where none can be."""
+    fault: InfeasibleError | None = None
+    found = []
+    for experts in expert_fates(model):
+        try:
+            found.append(cost(experts))
+        except InfeasibleError as error:
+            fault = fault or error
+    if fault is not None and not found:
+        raise fault
+    return min(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,17 +155,11 @@ def problem_of(
     return problem, assigned
 
 
-def fates_of_rank(
-    model: Model,
-    schedule: Schedule,
-    rank: int,
-    device: float,
-    host: float,
-    every: int = 1,
-    experts: ExpertFate = "keep",
-) -> tuple[dict[int, Fates], float, float]:
-    """Fates by layer number, the seconds per microbatch they cost, and those of the optimum. Raises InfeasibleError."""
-    problem, assigned = problem_of(model, schedule, rank, device, host, every, experts)
+def fates_of(model: Model, problem: Problem, assigned: Sequence[Assigned]) -> tuple[dict[int, Fates], float, float]:
+    """Of what `problem_of` makes: fates by layer number, the seconds per microbatch they cost, and the optimum's.
+
+    Raises InfeasibleError.
+    """
     best = solve(problem)
     found = realise(problem, best)
     fates: dict[int, Fates] = {}

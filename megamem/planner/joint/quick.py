@@ -24,7 +24,7 @@ from megamem.ir.schedule import Placement, Schedule
 from megamem.planner.evaluation import OPTIMIZER_BYTES, Model
 from megamem.planner.fractions.linear import explain, solve
 from megamem.planner.fractions.problem import Limits, Problem, experts_again, whole_bytes
-from megamem.planner.fractions.rank import expert_fates, groups_of
+from megamem.planner.fractions.rank import ExpertFate, groups_of, least_over_experts
 from megamem.planner.joint.layout import Wishes
 from megamem.planner.joint.split import MOST_CHUNKS, laid_out, possible_chunks
 from megamem.planner.memory.device import output_bytes, static_bytes
@@ -155,23 +155,20 @@ class Quick:
         device = self.room(rank, besides)
         to_host, from_host = self.model.rates
         limits = Limits(device=device, host=host, to_host=to_host, from_host=from_host)
-        fault: InfeasibleError | None = None
-        best = float("inf")
-        for experts in expert_fates(self.model):
+
+        def problem_with(experts: ExpertFate) -> Problem:
             groups = tuple(item.group for item in groups_of(self.model, self._schedule(), rank, 1, experts))
-            problem = Problem(groups=groups, limits=limits, moments=((flight,) * len(groups),))
-            if device <= 0:
-                raise InfeasibleError(explain(problem))
-            untouched = sum(flight * one.layers * (whole_bytes(one) + one.beside.get(SAVED, 0.0)) for one in groups)
-            if experts == "keep" and untouched <= 0.8 * device:
-                return 0.0
-            try:
-                best = min(best, solve(problem).seconds + experts_again(problem))
-            except InfeasibleError as error:
-                fault = fault or error
-        if fault is not None and best == float("inf"):
-            raise fault
-        return best
+            return Problem(groups=groups, limits=limits, moments=((flight,) * len(groups),))
+
+        def cost(experts: ExpertFate) -> float:
+            problem = problem_with(experts)
+            return solve(problem).seconds + experts_again(problem)
+
+        kept = problem_with("keep")
+        if device <= 0:
+            raise InfeasibleError(explain(kept))
+        untouched = sum(flight * one.layers * (whole_bytes(one) + one.beside.get(SAVED, 0.0)) for one in kept.groups)
+        return 0.0 if untouched <= 0.8 * device else least_over_experts(self.model, cost)
 
     @cached_property
     def _full_ranks(self) -> set[int]:

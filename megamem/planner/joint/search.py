@@ -126,15 +126,16 @@ def search(
         raise InfeasibleError(_no_layout(job, gpus, fixed, wishes))
     ranking = _Ranking(jobs, hardware, wishes, progress)
     plans: list[LayoutPlan] = []
-    for tried, one in enumerate(ranking):
+    fault = ""
+    for tried, one in enumerate(ranking, start=1):
         try:
             plans.append(plan_layout(one, hardware, wishes, progress))
         except InfeasibleError as error:
-            ranking.fault = ranking.fault or str(error)
+            fault = fault or str(error)
         if len(plans) == _TO_PLAN or tried == _MOST_TO_PLAN:
             break
     if not plans:
-        short = ranking.fault or _states_text(jobs, hardware, wishes)
+        short = ranking.fault or fault or _states_text(jobs, hardware, wishes)
         raise InfeasibleError(
             f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {short}; --min-gpus finds how many are needed"
         )

@@ -14,7 +14,7 @@ from megamem.planner.activations import CODED, plan_activations
 from megamem.planner.evaluation import Model, Priced, Setup
 from megamem.planner.fractions.linear import solve
 from megamem.planner.fractions.problem import all_kept, device_bytes, experts_again
-from megamem.planner.fractions.rank import ExpertFate, Fates, expert_fates, fates_of_rank, problem_of
+from megamem.planner.fractions.rank import ExpertFate, Fates, expert_fates, fates_of, least_over_experts, problem_of
 from megamem.planner.fractions.table import text_of
 from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
 from megamem.planner.memory.device import output_bytes, shared_bytes, static_bytes
@@ -158,17 +158,9 @@ def estimate(model: Model, frame: Frame, *, untouched: bool = False) -> float:
     tight = _tight(model, frame, budget)
     if tight and untouched:
         raise InfeasibleError(f"what layers save does not fit on pipeline rank {tight[0]}")
-    fault: InfeasibleError | None = None
-    best = float("inf") if tight else 0.0
-    for experts in expert_fates(model) if tight else ():
-        try:
-            best = min(best, _worst(model, frame, budget, tight, 1, experts))
-        except InfeasibleError as error:
-            fault = fault or error
-    if best == float("inf"):
-        assert fault is not None
-        raise fault
-    return best
+    if not tight:
+        return 0.0
+    return least_over_experts(model, lambda experts: _worst(model, frame, budget, tight, 1, experts))
 
 
 def _tight(model: Model, frame: Frame, budget: Sequence[float]) -> list[int]:
@@ -283,7 +275,8 @@ def _once(model: Model, frame: Frame, budget: Sequence[float], every: int, exper
     fates: dict[int, Fates] = {}
     seconds, best = [], []
     for rank, device in enumerate(budget):
-        found, spent, least = fates_of_rank(model, frame.schedule, rank, device, frame.host, every, experts)
+        problem, assigned = problem_of(model, frame.schedule, rank, device, frame.host, every, experts)
+        found, spent, least = fates_of(model, problem, assigned)
         fates |= found
         seconds.append(spent)
         best.append(least)
