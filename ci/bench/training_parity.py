@@ -31,6 +31,11 @@ from curves import Panel, Series, render_curves
 
 BASELINE = "bf16"
 FP8 = "--megamem-fp8-saved-activations"
+SWAPPED = (
+    *("--megamem-activations-policy", "memo", "--megamem-activations-keep-last-layers", "0"),
+    *("--megamem-activations-compress", "fp8", "--megamem-activations-swap-fraction"),
+)
+TILES = ("--megamem-mlp-tiles", "4")
 _EVERYWHERE: dict[str, tuple[str, ...]] = {
     BASELINE: ("--bf16",),
     "fp32": (),
@@ -44,6 +49,9 @@ CONTENDERS: dict[str, dict[str, tuple[str, ...]]] = {
         "all, int8": ("--bf16", FP8, "all", "--megamem-fp8-format", "int8"),
         "all, e5m2": ("--bf16", FP8, "all", "--megamem-fp8-format", "e5m2"),
         "all, powers of two": ("--bf16", FP8, "all", "--megamem-fp8-power-of-two-scales", "true"),
+        "swapped in fp8": ("--bf16", *SWAPPED, "1"),
+        "tiles": ("--bf16", *TILES),
+        "half swapped in fp8, tiles": ("--bf16", *SWAPPED, "0.5", *TILES),
     },
     "gpt": {**_EVERYWHERE, "regelu2": ("--bf16", FP8, "regelu2")},
 }
