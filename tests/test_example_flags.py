@@ -56,6 +56,8 @@ class TestBadFlags:
             (1, "--megamem-activations-policy meno", "did you mean 'memo'"),
             (1, "--async-save", "--async-save needs --save"),
             (1, "--data-path nowhere", "give one of --data-text"),
+            (1, "--mtp-num-layers 0", "--mtp-num-layers 0: leave it out"),
+            (2, f"{UNEVEN} --mtp-num-layers 1 --save x", "add --untie-embeddings-and-output-weights"),
             (1, "--num-layers 0", "--num-layers must be at least 1"),
             (1, "--megamem-schedule-name gis", "needs --pipeline-model-parallel-size of 2"),
             (4, f"{PIPELINE} --megamem-schedule-name gis --megamem-schedule-group 1", "nearest: group 2"),
@@ -105,3 +107,6 @@ def test_model_flops_are_those_of_causal_attention_without_recompute(
     h, s, f, v = 64, 128, 160, 384
     forward = 3 * s * (2 * h * 3 * h + 2 * h * h + 6 * h * f + 2 * s * h) + 2 * s * h * v
     assert flops_per_sample(args) == 3 * forward
+    args.mtp_num_layers = 2  # two layers more, each behind a projection of twice the hidden size, and two losses more
+    more = s * (2 * h * 3 * h + 2 * h * h + 6 * h * f + 2 * s * h + 4 * h * h) + 2 * s * h * v
+    assert flops_per_sample(args) == 3 * (forward + 2 * more)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -288,12 +289,15 @@ class TestPipelineSchedules:
         assert len(peaks) == 4 and max(map(float, peaks)) <= 3
 
     def test_stages_of_uneven_layers_are_trained_as_by_stock(self, small: list[object]) -> None:
-        """Five layers in the four stages of a V on two ranks, with activations swapped."""
-        uneven = ["--pipeline-model-parallel-size", 2, "--num-layers", 5]
-        uneven += ["--pipeline-model-parallel-layout", "Et|t*2|t|tL", "--train-iters", 2]
+        """Five layers and multi-token prediction in the four stages of a V on two ranks, with activations swapped."""
+        uneven = ["--pipeline-model-parallel-size", 2, "--num-layers", 5, "--clip-grad", 0]
+        uneven += ["--pipeline-model-parallel-layout", "Et|t*2|t|tmL", "--train-iters", 2]
+        uneven += ["--mtp-num-layers", 1, "--untie-embeddings-and-output-weights"]
         on = ["--megamem-schedule-name", "v-half", "--megamem-activations-policy", "memo"]
         output = run(2, *small, *uneven, *on, "--compare")
         assert "2 ranks x 2 chunks (v)" in output and "bitwise equal" in output
+        losses = re.findall(r"^(\w+) 2/2 .* MTP loss ([\d.]+)", output, re.MULTILINE)
+        assert [name for name, _ in losses] == ["stock", "megamem"] and losses[0][1] == losses[1][1]
 
 
 class TestVocabularyParallel:

@@ -66,6 +66,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-layer-freq", type=int, default=1, help="every n-th layer is an MoE layer")
     group.add_argument("--moe-aux-loss-coeff", type=float, default=0.01)
     group.add_argument("--moe-token-dispatcher-type", choices=("allgather", "alltoall"))
+    group.add_argument("--mtp-num-layers", type=int, metavar="N", help="predict N more tokens behind the next one")
+    group.add_argument("--mtp-loss-scaling-factor", type=float, default=0.1, help="weight of their mean loss")
     group.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
     group.add_argument("--bf16", action="store_true", help="default: fp32")
     group.add_argument("--recompute-granularity", choices=("full", "selective"), help="Megatron's own recomputation")
@@ -214,6 +216,8 @@ def _shape_problems(args: argparse.Namespace) -> list[str]:
     if small:
         return [f"--{name.replace('_', '-')} must be at least 1" for name in small]
     problems = []
+    if args.mtp_num_layers is not None and args.mtp_num_layers < 1:
+        problems.append(f"--mtp-num-layers {args.mtp_num_layers}: leave it out for none")
     if args.hidden_size % heads:
         problems.append(f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {heads}")
     if heads % tp:
@@ -286,6 +290,11 @@ def _pipeline_problems(args: argparse.Namespace, config: Config) -> list[str]:
     elif per_stage and args.num_layers // pp % per_stage:
         problems.append(
             f"{args.num_layers // pp} layers a pipeline rank are not divisible by virtual stages of {per_stage}"
+        )
+    if args.mtp_num_layers and pp > 1 and not args.untie_embeddings_and_output_weights and (args.save or args.compare):
+        problems.append(
+            "Megatron-Core cannot save tied embeddings with --mtp-num-layers in a pipeline; add "
+            "--untie-embeddings-and-output-weights"
         )
     if stages > 1 and pp == 1:
         problems.append("virtual pipeline stages need --pipeline-model-parallel-size of 2 or more")

@@ -29,6 +29,7 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 # What has to be the same for the tensors of a checkpoint to fit; the rest may change from run to run.
 _SHAPE = (
     "num_layers",
+    "mtp_num_layers",
     "hidden_size",
     "ffn_hidden_size",
     "num_attention_heads",
@@ -131,8 +132,9 @@ def chunk_names(training: Training) -> list[str]:
     return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
 
 
-def model_state(training: Training, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+def model_state(training: Training) -> dict[str, Any]:
     """The sharded weights of this rank, by the names of its chunks."""
+    metadata = _metadata()
     return {
         name: unwrap(chunk).sharded_state_dict(metadata=metadata)
         for name, chunk in zip(chunk_names(training), training.chunks, strict=True)
@@ -142,7 +144,7 @@ def model_state(training: Training, metadata: dict[str, Any] | None = None) -> d
 def _state(args: argparse.Namespace, training: Training, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
     """The sharded state of a run; the same function names what to save and what to load."""
     metadata = _metadata()
-    state = model_state(training, metadata)
+    state = model_state(training)
     state["optimizer"] = training.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     if not is_loading:
         state["scheduler"] = training.scheduler.state_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -96,6 +97,19 @@ def _mean_loss(rows: torch.Tensor) -> float:
     return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
+def _prediction_loss(args: argparse.Namespace) -> list[float]:
+    """The mean loss of multi-token prediction over depths and microbatches, and 1; zeros on ranks without it."""
+    if args.mtp_num_layers is None:
+        return []
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    found: dict[str, torch.Tensor] = {}
+    MTPLossLoggingHelper.track_mtp_metrics(1 / args.num_microbatches, 0, None, total_loss_dict=found)
+    MTPLossLoggingHelper.tracker.clear()  # the next run of this process may have its last stage on another rank
+    losses = [float(value) for name, value in found.items() if name.endswith("loss")]
+    return [statistics.fmean(losses), 1.0] if losses else [0.0, 0.0]
+
+
 def _sync(args: argparse.Namespace) -> None:
     if not args.on_cpu:
         torch.cuda.synchronize()
@@ -121,6 +135,7 @@ def _step(
     seconds = time.perf_counter() - start
     memory = 0 if args.on_cpu else torch.cuda.max_memory_allocated()
     extra = [float(interrupt.wished), seconds, memory, 0 if meter is None else meter.peak_bytes]
+    extra += _prediction_loss(args)
     rows = _gather(args, torch.cat([loss, torch.tensor(extra, dtype=torch.float64, device=loss.device)]))
     seconds = float(rows[:, 3].max())
     peak = peak_flops(args)
@@ -136,6 +151,7 @@ def _step(
         memory_bytes=None if args.on_cpu else int(rows[:, 4].max()),
         activation_bytes=None if meter is None else int(rows[:, 5].max()),
         skipped=not updated,
+        mtp_loss=float(rows[:, 6].sum() / rows[:, 7].sum()) if args.mtp_num_layers else None,
     )
     return record, bool(rows[:, 2].any())
 

@@ -57,6 +57,8 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         **_parallelism(args),
         **_recompute(args),
         **_experts(args),
+        "mtp_num_layers": args.mtp_num_layers,
+        "mtp_loss_scaling_factor": args.mtp_loss_scaling_factor,
     }
     return TransformerConfig(**wanted)
 
@@ -128,15 +130,25 @@ def _layer_spec(args: argparse.Namespace, config: TransformerConfig, vp_stage: i
     return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
+def _prediction_spec(args: argparse.Namespace, config: TransformerConfig, layers: Any, vp_stage: int | None) -> Any:
+    """Multi-token prediction, in the last stage; None elsewhere."""
+    if args.mtp_num_layers is None:
+        return None
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    return get_gpt_mtp_block_spec(config, layers, args.transformer_impl != "local", vp_stage=vp_stage)
+
+
 def _build_chunk(args: argparse.Namespace, config: TransformerConfig, stage: int | None) -> Any:
     """The part of the model that belongs to one virtual pipeline stage of this rank.
 
     Under a V placement megamem corrects `pre_process` and `post_process`, which follow from Megatron's own placement.
     """
     last = (args.virtual_stages or 1) - 1
+    layers = _layer_spec(args, config, stage)
     model = GPTModel(
         config,
-        _layer_spec(args, config, stage),
+        layers,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=True) and (stage or 0) == 0,
@@ -144,6 +156,7 @@ def _build_chunk(args: argparse.Namespace, config: TransformerConfig, stage: int
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
+        mtp_block_spec=_prediction_spec(args, config, layers, stage),
         vp_stage=stage,
     )
     for parameter in model.parameters():

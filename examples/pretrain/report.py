@@ -33,6 +33,7 @@ class Record:
     memory_bytes: int | None  # device: the most allocated so far on any rank; CPU: activation bytes
     activation_bytes: int | None
     skipped: bool = False
+    mtp_loss: float | None = None  # multi-token prediction: the mean over the depths
 
 
 @dataclass
@@ -74,10 +75,14 @@ def flops_per_sample(args: argparse.Namespace) -> float:
     s, h = args.seq_length, args.hidden_size
     q, kv = h, h // args.num_attention_heads * args.kv_heads
     dense = (3 if args.swiglu else 2) * 2 * h * args.ffn_hidden_size
-    experts = 0 if args.num_experts is None else -(-args.num_layers // args.moe_layer_freq)
-    mlp = dense * (args.num_layers - experts + experts * args.moe_router_topk)
-    attention = args.num_layers * (2 * h * (q + 2 * kv) + 2 * q * h + 2 * s * q)
-    return 3.0 * s * (attention + mlp) + 6.0 * s * h * args.padded_vocab_size
+    depths = args.mtp_num_layers or 0  # each another layer, behind a projection of twice the hidden size, and its loss
+    layers, experts = args.num_layers + depths, 0
+    if args.num_experts is not None:
+        last_has = (args.num_layers - 1) % args.moe_layer_freq == 0
+        experts = -(-args.num_layers // args.moe_layer_freq) + (depths if last_has else 0)
+    mlp = dense * (layers - experts + experts * args.moe_router_topk)
+    attention = layers * (2 * h * (q + 2 * kv) + 2 * q * h + 2 * s * q)
+    return 3.0 * s * (attention + mlp + depths * 4 * h * h) + 6.0 * s * h * args.padded_vocab_size * (1 + depths)
 
 
 def peak_flops(args: argparse.Namespace) -> float | None:
@@ -149,9 +154,10 @@ class Reporter:
         memory = record.memory_bytes if record.memory_bytes is not None else record.activation_bytes
         kind = "memory" if record.memory_bytes is not None else "activations"
         norm = "-" if record.grad_norm is None else f"{record.grad_norm:.3f}"
+        prediction = "" if record.mtp_loss is None else f" | MTP loss {record.mtp_loss:.4f}"
         return (
             f"{self._name} {record.iteration:>{len(str(self._args.train_iters))}}/{self._args.train_iters}"
-            f" | loss {record.loss:.4f} | lr {record.lr:.2e} | grad norm {norm} | {record.step_ms:.0f} ms"
+            f" | loss {record.loss:.4f}{prediction} | lr {record.lr:.2e} | grad norm {norm} | {record.step_ms:.0f} ms"
             f" | {record.tokens_per_second:,.0f} tokens/s | MFU {mfu} | {kind} {human(memory)}"
             + (" | step skipped" if record.skipped else "")
         )

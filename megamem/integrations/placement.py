@@ -20,9 +20,10 @@ stage c * p + rank, so an odd chunk becomes its stage of the V by believing to b
 A pipeline_model_parallel_layout is read in the order of the stages, as in a ring.
 
 The first and the last stage are both on rank 0, hence Megatron's collectives over the embedding group, which holds
-the first and the last rank, have no part in a V: copies of a tied weight are set equal, and their gradients summed,
-within rank 0. The chunks' own embedding group is None. The loss is on rank 0 too, while trainers look for it on the
-last rank: `hand_over_losses` and `hand_over_tokens` bring it there.
+the first and the last rank, have no part in a V: copies of a tied weight, or of the embedding that multi-token
+prediction needs in the last stage, are set equal, and their gradients summed, within rank 0. The chunks' own embedding
+group is None. The loss is on rank 0 too, while trainers look for it on the last rank: `hand_over_losses` and
+`hand_over_tokens` bring it there.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class VPlacement(AbstractPlacement):
         self._rank: int = self._group.rank()
         chunks = _check_layout(self._group.size())
         self.placement = Placement(shape="v", num_ranks=self._group.size(), num_chunks=chunks)
-        self._waiting: list[weakref.ref[Module]] = []  # first stages with a tied weight, whose last is not built yet
+        self._waiting: list[weakref.ref[Module]] = []  # first stages with a copied weight, whose last is not built yet
         self._announced: int | None = None
 
     def stage(self, chunk: int) -> int:
@@ -151,6 +152,7 @@ class VPlacement(AbstractPlacement):
         if problems:
             raise UnsupportedError("V placement: " + "; ".join(problems))
         chunk: int = self._announced if values["vp_stage"] is None else values["vp_stage"]  # type: ignore[assignment]
+        self._check_prediction(values, chunk)
         groups.pp = LogicalGroup(getattr(groups.pp, "physical", groups.pp), self.logical_rank(chunk))
         groups.embd = None
         values |= {"pg_collection": groups, "vp_stage": chunk}
@@ -167,7 +169,7 @@ class VPlacement(AbstractPlacement):
             )
 
     def on_embeddings(self, model: Module) -> None:
-        if not _is_placed(model) or not model.share_embeddings_and_output_weights:
+        if not _is_placed(model) or not _has_copies(model):
             return
         if self.is_first(_chunk_of(model)):
             self._waiting.append(weakref.ref(model))
@@ -182,8 +184,8 @@ class VPlacement(AbstractPlacement):
             if first is not None:
                 return first
         raise UnsupportedError(
-            "V placement: the last chunk of a model with tied embeddings was built before its chunk 0, whose weight it "
-            "copies"
+            "V placement: the last chunk of a model with tied embeddings, or with multi-token prediction, was built "
+            "before its chunk 0, whose weight it copies"
         )
 
     def layer_numbers(self, config: Any, stage: int) -> range:
@@ -196,6 +198,18 @@ class VPlacement(AbstractPlacement):
         with _as_rank(logical):  # a pipeline layout ignores pp_rank
             number: int = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=logical)
         return number
+
+    def _check_prediction(self, values: dict[str, Any], chunk: int) -> None:
+        """That multi-token prediction is in the last stage alone, on the rank that has the embedding it copies."""
+        wanted, found = self.is_last(chunk) and bool(values["config"].mtp_num_layers), values["mtp_block_spec"]
+        if wanted != (found is not None):
+            raise UnsupportedError(
+                f"V placement: chunk {chunk} of pipeline rank {self._rank} is stage {self.stage(chunk)}, which "
+                f"{'has' if wanted else 'does not have'} the model's multi-token prediction, but its mtp_block_spec "
+                f"{'is None' if wanted else 'is not None'}: it was made for another stage, or "
+                "pipeline_model_parallel_layout has it elsewhere than in the last one. Make it inside "
+                f"`with handle.building({chunk}):`"
+            )
 
     def _check_layers(self, model: Any, chunk: int) -> None:
         """That the layers are those of the stage; a layer spec made outside may have been made for another."""
@@ -237,10 +251,10 @@ class VPlacement(AbstractPlacement):
         if not any(map(_is_placed, models)):
             return False
         self.check_model(chunks)
-        if not self.is_first(0) or not models[0].share_embeddings_and_output_weights:
+        if not self.is_first(0) or not _has_copies(models[0]):
             return True
         if getattr(getattr(chunks[0], "ddp_config", None), "use_megatron_fsdp", False):
-            raise UnsupportedError("V placement: tied embeddings do not go with Megatron-FSDP; untie them")
+            raise UnsupportedError("V placement: copies of the embedding do not go with Megatron-FSDP; untie them")
         one, other = (compat.gradient(_tied_weight(model)) for model in (models[0], models[-1]))
         if one is not None and other is not None:  # None: the weight is frozen
             # The same two numbers as in Megatron's all-reduce of two ranks, and addition commutes. The distributed
@@ -288,6 +302,11 @@ def _is_placed(model: Any) -> bool:
 def _chunk_of(model: Any) -> int:
     chunk: int = model.vp_stage
     return chunk
+
+
+def _has_copies(model: Any) -> bool:
+    """Whether the last stage has a copy of the first one's embedding, for its output layer or for predictions."""
+    return bool(model.share_embeddings_and_output_weights or model.config.mtp_num_layers)
 
 
 def _tied_weight(model: Any) -> Tensor:
@@ -351,8 +370,6 @@ def _problems(values: dict[str, Any], placement: Placement, announced: int | Non
         yield f"vp_stage={chunk} is built inside `handle.building({announced})`"
     if chunk not in (None, *range(chunks)):
         yield f"there is no chunk {chunk}"
-    if values["mtp_block_spec"] is not None or config.mtp_num_layers:
-        yield "multi-token prediction keeps a third copy of the embedding; set mtp_num_layers to None"
     if getattr(config, "defer_embedding_wgrad_compute", False):
         yield "defer_embedding_wgrad_compute belongs to Megatron's own cool-down; switch it off"
     if announced is None and (own := _layer_kinds(config)):

@@ -14,6 +14,7 @@ between layouts is rounding, and dropout masks.
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,10 +138,13 @@ def build_gpt(
     case: GptCase,
     *,
     spec: SpecMaker | None = None,
+    building: Callable[[int], AbstractContextManager[None]] | None = None,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, initialised and wrapped as a trainer would. `spec(config, vp_stage)` makes the layer
-    spec.
+    """This rank's model chunks, initialised and wrapped as a trainer would.
+
+    spec: makes the layer spec from the configuration and vp_stage
+    building: entered with a chunk's number while its specs are made, as `Handle.building`
     """
     config = build_config(case, **(config_overrides or {}))
     chunks: list[torch.nn.Module] = []
@@ -148,7 +152,9 @@ def build_gpt(
         vp_stage = stage if case.vpp else None
         if vp_stage is not None:
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
-        layers = (spec or _layer_spec(case))(config, vp_stage)
+        with building(stage) if building else nullcontext():
+            layers = (spec or _layer_spec(case))(config, vp_stage)
+            prediction = _mtp_spec(case, config, layers, vp_stage) if config.mtp_num_layers else None
         model = GPTModel(
             config,
             layers,
@@ -158,7 +164,7 @@ def build_gpt(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=case.vpp is None, vp_stage=vp_stage),
             share_embeddings_and_output_weights=case.tied,
             position_embedding_type=case.position,
-            mtp_block_spec=_mtp_spec(case, config, layers, vp_stage) if config.mtp_num_layers else None,
+            mtp_block_spec=prediction,
             vp_stage=vp_stage,
         )
         _fill(model)
@@ -243,7 +249,7 @@ def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramet
             at = parts.index("local_experts") + 1
             local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
             parts[at] = str(int(parts[at]) + local * parallel_state.get_expert_model_parallel_rank())
-        if model.share_embeddings_and_output_weights and parts == ["output_layer", "weight"]:
+        if parameter is model.shared_embedding_or_output_weight() and model.share_embeddings_and_output_weights:
             parts = ["embedding", "word_embeddings", "weight"]
         if parts[0] == "vocabulary" and shards is not None:
             whole = "output_layer.weight" if parts[1] == "output_layer" else "embedding.word_embeddings.weight"

@@ -179,6 +179,7 @@ def refusals() -> dict[str, str]:
 
     with _v_placed() as handle:
         placement, config = handle.schedule.placement, build_config(case)
+        predicting = dataclasses.replace(case, config={"mtp_num_layers": 1})
         stray = local_layer_spec(config, vp_stage=0)
         stray.layer_specs.pop()
 
@@ -192,7 +193,8 @@ def refusals() -> dict[str, str]:
             "mismatch": mismatched,
             "layers": lambda: construct(dataclasses.replace(case, layers=9), 0, spec=stray),
             "chunks": changed(0, vpp=None),
-            "mtp": changed(config={"mtp_num_layers": 1}),
+            "no prediction": changed(config={"mtp_num_layers": 1}),
+            "misplaced prediction": lambda: construct(predicting, 0, mtp_block_spec=stray),
             "kinds": changed(config={"heterogeneous_block_specs": True}),
             "experts": changed(**MOE),
             "spec": lambda: construct(case, 0, spec=stray),
@@ -222,7 +224,7 @@ REFUSALS = {
     "mismatch": "vp_stage=1 is built inside `handle.building(0)`",
     "layers": "9 layers do not divide into 4 stages (2 ranks x 2 chunks); the nearest number is 8",
     "chunks": "virtual_pipeline_model_parallel_size must be 2 in the model's configuration, not None",
-    "mtp": "set mtp_num_layers to None",
+    "misplaced prediction": "does not have the model's multi-token prediction, but its mtp_block_spec is not None",
     "kinds": "kinds of layers by heterogeneous_block_specs cannot be checked",
     "spec": "was built with layers [",
     "bert": "V placement is for GPTModel; BertModel",
@@ -239,9 +241,10 @@ def test_what_cannot_be_placed_is_refused_and_leaves_nothing_behind(dist: Dist) 
     for rank, errors in enumerate(results):
         assert {name: text for name, text in REFUSALS.items() if text not in errors[name]} == {}, errors
         assert errors["rank"] == str(rank)
+    assert "has the model's multi-token prediction, but its mtp_block_spec is None" in results[0]["no prediction"]
     assert (
         "is stage 3, layers [4] (with experts: [4]), but was built with layers [4] (with experts: [])"
         in (results[0]["experts"])
     )
-    assert "the last chunk of a model with tied embeddings was built before its chunk 0" in results[0]["tied"]
+    assert "or with multi-token prediction, was built before its chunk 0" in results[0]["tied"]
     assert results[1]["tied"] == ""  # the last stage is on rank 0

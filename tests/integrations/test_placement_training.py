@@ -28,6 +28,7 @@ MOE: Fields = {
     "experts": 4,
     "config": {"moe_layer_freq": [0, 1, 0, 1], "moe_token_dispatcher_type": "allgather"},
 }
+PREDICTION: Fields = {"layers": 4, "config": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}}
 GPT: Fields = {"layers": 8, "hidden": 16, "position": "learned_absolute", "tied": True}
 
 
@@ -49,21 +50,15 @@ def _case(fields: Fields) -> Any:
 
 @contextlib.contextmanager
 def _pipeline(kind: str) -> Any:
-    """The schedule `kind` while the block runs: what makes a chunk's layer spec; None under Megatron's own."""
+    """The schedule `kind` while the block runs: what a chunk's specs are made inside; None under Megatron's own."""
     import megamem
-    from megamem.integrations.local_spec import local_layer_spec
 
     if kind in STOCK:
         yield None
         return
     section = {"name": "file", "file": kind} if _is_file(kind) else {"name": kind}
     with megamem.enable({"schedule": section}) as handle:
-
-        def make_spec(config: Any, chunk: int) -> Any:
-            with handle.building(chunk):
-                return local_layer_spec(config, vp_stage=chunk)
-
-        yield make_spec
+        yield handle.building
 
 
 def _is_file(kind: str) -> bool:
@@ -90,8 +85,8 @@ def _train(kind: str, fields: Fields, adam: bool) -> Any:
     from megamem.testing.models import build_gpt, build_optimizer, train_steps
 
     case = _case(_laid_out(kind, fields))
-    with _pipeline(kind) as spec:
-        chunks = build_gpt(case, spec=spec)
+    with _pipeline(kind) as building:
+        chunks = build_gpt(case, building=building)
         optimizer = build_optimizer(chunks, case, clip_grad=0.0) if adam else None
         losses, _ = train_steps(chunks, case, num_microbatches=2 * case.pp, steps=2, optimizer=optimizer)
     return losses, _numbers(chunks, gradients=not case.distributed_optimizer)
@@ -167,6 +162,11 @@ MODELS: dict[str, tuple[int, Fields]] = {
     "data-parallel": (4, {**GPT, "dtype": "bfloat16", "distributed_optimizer": True}),
     "expert-parallel": (4, {**LLAMA, **MOE, "ep": 2}),
     "tensor-parallel": (4, {**LLAMA, "tp": 2, "sp": True, "tied": True}),
+    "multi-token prediction": (2, {**LLAMA, **PREDICTION}),
+    "multi-token prediction, tied": (
+        4,
+        {**LLAMA, **PREDICTION, "tied": True, "dtype": "bfloat16", "distributed_optimizer": True},
+    ),
 }
 
 
@@ -186,8 +186,8 @@ def _train_on(kind: str, fields: Fields, *, load: str | None = None, save: str =
     from megamem.testing.models import build_gpt, build_optimizer, train_steps
 
     case = _case(_laid_out(kind, fields))
-    with _pipeline(kind) as spec:
-        chunks = build_gpt(case, spec=spec)
+    with _pipeline(kind) as building:
+        chunks = build_gpt(case, building=building)
         optimizer = build_optimizer(chunks, case, clip_grad=0.0)
         if load is not None:
             checkpoints.load(chunks, optimizer, load)
@@ -212,6 +212,7 @@ def resume_all(fields: Fields, folder: str) -> dict[str, Any]:
 CHECKPOINTED: dict[str, tuple[int, Fields]] = {
     "tied": (2, {**GPT, "layers": 4, "v_layout": "E|t|tt|tL"}),
     "experts": (2, {**LLAMA, **MOE}),
+    "multi-token prediction": (2, {**LLAMA, **PREDICTION}),
     "distributed-optimizer": (
         4, {**LLAMA, "layers": 4, "tied": True, "dtype": "bfloat16", "distributed_optimizer": True},
     ),
@@ -254,8 +255,8 @@ def per_token_step(kind: str, fields: Fields, forward_only: bool) -> Any:
     from megamem.testing.models import batches, build_gpt
 
     case = _case(_laid_out(kind, fields))
-    with _pipeline(kind) as spec:
-        chunks = build_gpt(case, spec=spec, config_overrides={"calculate_per_token_loss": True})
+    with _pipeline(kind) as building:
+        chunks = build_gpt(case, building=building, config_overrides={"calculate_per_token_loss": True})
         data = batches(case, 4)
         losses = get_forward_backward_func()(
             forward_step_func=per_token,
@@ -307,16 +308,17 @@ def norms(fields: Fields) -> list[list[float]]:
     found = []
     for kind in ("v-half", "1f1b"):
         case = _case(_laid_out(kind, fields))
-        with _pipeline(kind) as spec:
-            chunks = build_gpt(case, spec=spec)
+        with _pipeline(kind) as building:
+            chunks = build_gpt(case, building=building)
             optimizer = _Recording(build_optimizer(chunks, case, clip_grad=0.1))
             train_steps(chunks, case, num_microbatches=2, steps=2, optimizer=optimizer)
         found.append(optimizer.norms)
     return found
 
 
-def test_the_gradient_norm_counts_a_tied_weight_once(dist: Dist) -> None:
+@pytest.mark.parametrize("fields", [GPT, {**LLAMA, **PREDICTION}], ids=["tied", "multi-token prediction"])
+def test_the_gradient_norm_counts_a_copied_weight_once(dist: Dist, fields: Fields) -> None:
     """Equal up to rounding: other ranks hold the squares that are summed."""
-    for ours, stock in dist(2)(norms, {**GPT, "pp": 2}):
+    for ours, stock in dist(2)(norms, {**fields, "pp": 2}):
         assert min(stock) > 0.1  # clipped
         assert ours == pytest.approx(stock, rel=1e-5)

@@ -212,12 +212,6 @@ def _of_prediction(job: Job, wishes: Wishes) -> str:
     """What was asked for and cannot be had with multi-token prediction; empty where there is nothing."""
     if not job.model.mtp_num_layers or job.layout.pipeline == 1:
         return ""
-    name = wishes.schedule
-    if name in FAMILIES and FAMILIES[name].shape == "v":
-        return (
-            f"schedule {name}: multi-token prediction (--mtp-num-layers {job.model.mtp_num_layers}) has a copy of the "
-            "embedding on the last rank of Megatron's ring; give a schedule without a V, such as gis or zb-h1"
-        )
     if wishes.vocabulary == "parallel":
         return (
             f"vocabulary parallel: multi-token prediction (--mtp-num-layers {job.model.mtp_num_layers}) uses both "
@@ -392,8 +386,6 @@ def _schedules(job: Job, names: Sequence[str], wishes: Wishes) -> Iterator[tuple
                     yield name, None, chunks
                 continue
             family = FAMILIES[name]
-            if family.shape == "v" and job.model.mtp_num_layers and wishes.schedule == "auto":
-                continue  # multi-token prediction has a copy of the embedding on the last rank of the ring
             if chunks >= family.min_chunks and (family.max_chunks is None or chunks <= family.max_chunks):
                 yield name, wishes.group if family.uses_group else None, chunks
 

@@ -152,7 +152,7 @@ def stage_parameters(job: Job, stage: int, *, shards_vocabulary: bool = False) -
         found += mtp_parameters(model, *sizes)
     if shards_vocabulary:
         return found
-    if stage == 0:
+    if stage == 0 or (stage == last and model.mtp_num_layers):  # predictions of depths need a copy of the embedding
         found += Parameters(embedding_parameters(model, layout.tensor))
     if stage == last and not (model.share_embeddings and last == 0):
         found += Parameters(output_parameters(model, layout.tensor))

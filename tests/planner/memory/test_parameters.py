@@ -100,6 +100,9 @@ def job_of_fields(fields: dict[str, Any]) -> Job:
         {"pp": 2, "vpp": 2, "layers": 4},
         {"experts": 4, "bias": False, "activation": "swiglu", "ep": 2},
         {"experts": 4, "bias": False, "tp": 2, "sp": True},
+        {"config": {"mtp_num_layers": 2}},
+        {"pp": 2, "config": {"mtp_num_layers": 1}},
+        {"pp": 2, "config": {"mtp_num_layers": 1}, "tied": True, "position": "learned_absolute"},
     ],
 )
 def test_a_rank_holds_what_megatron_gives_it(dist: Dist, fields: dict[str, Any]) -> None:
