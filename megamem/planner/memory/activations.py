@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megamem.ir.activation import ActivationPlan, LayerRule
@@ -19,7 +19,8 @@ from megamem.planner.memory.inventory import (
     storage_bytes,
     weight_gradient_bytes,
 )
-from megamem.planner.memory.ledger import Book, LayerBytes, Ledger, layer_bytes, untouched_bytes
+from megamem.planner.memory.ledger import Book, LayerBytes, layer_bytes, untouched_bytes
+from megamem.planner.memory.moves import Moves
 from megamem.planner.memory.parameters import stage_passes
 from megamem.planner.schedules.families import build_schedule
 from megamem.planner.schedules.family import Request
@@ -56,13 +57,14 @@ class ActivationMemory:
         placement = schedule.placement
         offloads = any(action.kind == "OFFLOAD" for actions in schedule.ranks for action in actions)
         splits_vocabulary = schedule.shards_vocabulary
+        moves = Moves(base_apart=self._base_apart)
         return tuple(
-            Ledger(
+            moves.book(
                 self.chunks(placement, rank),
                 self.spared(placement, rank) if offloads else None,
                 [0 if splits_vocabulary else self._end(placement, rank, c) for c in range(placement.num_chunks)],
-                base_apart=self._base_apart,
-            ).run(schedule.ranks[rank])
+                schedule.ranks[rank],
+            )
             for rank in range(placement.num_ranks)
         )
 
@@ -72,10 +74,8 @@ class ActivationMemory:
 
     def spared(self, placement: Placement, rank: int) -> list[list[LayerBytes]]:
         """The same layers, left to autograd."""
-        return [
-            self._untouched(stage_passes(self.job, placement.stage(rank, chunk)))
-            for chunk in range(placement.num_chunks)
-        ]
+        stages = (placement.stage(rank, chunk) for chunk in range(placement.num_chunks))
+        return [self._alone(stage_passes(self.job, stage), self._untouched) for stage in stages]
 
     def stage(self, stage: int) -> list[LayerBytes]:
         """The layers of one stage, in the order of the model."""
@@ -86,9 +86,7 @@ class ActivationMemory:
     def _stage(self, stage: int) -> list[LayerBytes]:
         layers, last = stage_passes(self.job, stage), self.job.model.num_layers
         if self.plan is None:
-            own = [number for number in layers if number <= last]
-            more = [layer for number in layers[len(own) :] for layer in self._stock([number])]
-            return [*self._stock(own), *(replace(layer, begins=True) for layer in more)]
+            return self._alone(layers, self._stock)
         made: list[LayerBytes] = []
         previous_can_rebuild = False
         for index, number in enumerate(layers):
@@ -100,6 +98,12 @@ class ActivationMemory:
             replays = self._base_apart or made[-1].back > 0
             previous_can_rebuild = not rule.untouched and replays and not self.job.model.is_moe(number)
         return made
+
+    def _alone(self, layers: Sequence[int], made: Callable[[Sequence[int]], list[LayerBytes]]) -> list[LayerBytes]:
+        """The layers of a stage as `made` has them; each of multi-token prediction for itself."""
+        own = [number for number in layers if number <= self.job.model.num_layers]
+        more = [layer for number in layers[len(own) :] for layer in made([number])]
+        return [*made(own), *(replace(layer, begins=True) for layer in more)]
 
     def kind(self, number: int) -> _Kind:
         """The tensors and anchors of a layer."""

@@ -12,8 +12,7 @@ will measure. The rules that decide the moments, each with its place in the runt
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from megamem.ir.activation import BASE, EXPERTS, Fate, LayerRule
 from megamem.ir.schedule import Action
 from megamem.ir.tiles import spans
 from megamem.planner.memory.inventory import Anchor, Saved, storage_bytes
+from megamem.planner.memory.parcels import Cargo, Courier
 
 _ATTENTION = "self_attention.core_attention"
 
@@ -169,16 +169,6 @@ def _fate(tensor: Saved, rule: LayerRule) -> Fate:
 
 
 @dataclass(slots=True)
-class _Cargo:
-    """A parcel: in transit while its sources are not let go of; `buffers` once it is on its way back."""
-
-    nbytes: int
-    has_sources: bool = True
-    has_buffers: bool = False
-    is_taken: bool = False
-
-
-@dataclass(slots=True)
 class _Run:
     """One layer in one microbatch, between its forward and its backward pass.
 
@@ -187,10 +177,10 @@ class _Run:
 
     layer: LayerBytes
     previous: _Run | None
-    base: _Cargo | None = None
-    rest: _Cargo | None = None
-    experts: _Cargo | None = None
-    tiles: list[_Cargo] = field(default_factory=list)
+    base: Cargo | None = None
+    rest: Cargo | None = None
+    experts: Cargo | None = None
+    tiles: list[Cargo] = field(default_factory=list)
     kept: int = 0
     segment: int = 0
     has_begun: bool = False
@@ -201,45 +191,14 @@ class _Run:
         return self.base is not None or self.rest is not None or self.experts is not None or bool(self.tiles)
 
     @property
-    def parcels(self) -> list[_Cargo]:
+    def all_parcels(self) -> list[Cargo]:
+        """What is to be fetched."""
+        return [cargo for cargo in (*self.tiles, self.base, self.rest, self.experts) if cargo is not None]
+
+    @property
+    def parcels(self) -> list[Cargo]:
         """Those that are fetched first: of an MLP in tiles the last one's."""
         return [cargo for cargo in (self.base, self.rest, *self.tiles[-1:]) if cargo is not None]
-
-
-class _Courier:
-    """Sources in transit, the bytes that copies hold, and those that came back by a copy (`parcels.Courier`)."""
-
-    def __init__(self) -> None:
-        self.staging = self.returned = 0
-        self._transit: deque[_Cargo] = deque()
-
-    def store(self, nbytes: int) -> _Cargo | None:
-        if not nbytes:
-            return None
-        cargo = _Cargo(nbytes)
-        self._transit.append(cargo)
-        self.staging += nbytes
-        return cargo
-
-    def retire(self, keep_in_flight: int) -> None:
-        while len(self._transit) > keep_in_flight:
-            cargo = self._transit.popleft()
-            cargo.has_sources = False
-            if not cargo.has_buffers and not cargo.is_taken:
-                self.staging -= cargo.nbytes
-
-    def fetch(self, cargo: _Cargo) -> None:
-        if cargo.has_buffers or cargo.is_taken:
-            return
-        cargo.has_buffers = True
-        if not cargo.has_sources:
-            self.staging += cargo.nbytes
-            self.returned += cargo.nbytes
-
-    def take(self, cargo: _Cargo) -> None:
-        self.fetch(cargo)
-        cargo.has_buffers, cargo.is_taken = False, True
-        self.staging -= cargo.nbytes
 
 
 class Moment(NamedTuple):
@@ -296,88 +255,106 @@ class Ledger:
     ) -> None:
         self._chunks, self._spared = chunks, spared
         self._ends = ends or [0] * len(chunks)
-        self._courier, self._expert_courier = _Courier(), _Courier()
+        self.courier, self.expert_courier = Courier(), Courier()
         self._base_apart = base_apart
-        self._runs: dict[tuple[int, int], list[_Run]] = {}
-        self._expected: list[tuple[int, int, int]] = []
-        self._retained = self._routed = self._waiting = self._host = 0
-        self._most, self._most_total, self._metered = Moment(), 0, 0
-        self._is_storing_over = False
+        self.runs: dict[tuple[int, int], list[_Run]] = {}
+        self.expected: list[tuple[int, int, int]] = []
+        self.retained = self.routed = self.waiting = self.host = 0
+        self.most, self.most_total, self.metered = Moment(), 0, 0
+        self.is_storing_over = False
         self.book = Book()
 
     def run(self, actions: Sequence[Action]) -> Book:
         """The book of a step whose order of backward passes is known from the steps before."""
-        ends = [sum(layer.begins for layer in chunk) for chunk in self._chunks]
-        self._expected = [
+        ends = [sum(layer.begins for layer in chunk[1:]) for chunk in self._chunks]
+        self.expected = [
             (a.chunk, a.microbatch, segment)
             for a in actions
-            if a.kind in ("B", "BW")
+            if a.kind in ("B", "BW") and self._chunks[a.chunk]
             for segment in range(ends[a.chunk], -1, -1)
         ]
         leaving = {(a.chunk, a.microbatch) for a in actions if a.kind == "OFFLOAD"}
         for action in actions:
-            self._most, self._most_total = self._now(), self._held()
-            self._do(action, leaving)
-            total = self._held()
-            self._metered = max(self._metered, total - self._routed)
-            self.book.during.append(self._most if self._most_total >= total else self._now())
+            self.most, self.most_total = self.now(), self.held()
+            self.do(action, leaving)
+            total = self.held()
+            self.metered = max(self.metered, total - self.routed)
+            self.book.during.append(self.most if self.most_total >= total else self.now())
             self.book.after.append(total)
         self.book.peak = max(self.book.during, key=_total, default=Moment())
-        self.book.metered = self._metered
-        self.book.from_host = self._courier.returned + self._expert_courier.returned
+        self.book.metered = self.metered
+        self.book.from_host = self.courier.returned + self.expert_courier.returned
         return self.book
 
-    def _do(self, action: Action, leaving: set[tuple[int, int]]) -> None:
+    def do(self, action: Action, leaving: Collection[tuple[int, int]] = ()) -> None:
+        """Go through one action; `leaving` are the microbatches, with their chunks, that the schedule offloads."""
         key = action.chunk, action.microbatch
         if action.kind == "F":
             spares = self._spared is not None and key not in leaving
             layers = (self._spared if spares else self._chunks)[action.chunk]  # type: ignore[index]
-            self._runs[key] = []
+            self.runs[key] = []
             for layer in layers:
                 self._forward(key, layer)
         elif action.kind in ("B", "BW"):
             self._backward(key, splits=action.kind == "B")
         elif action.kind == "W":
             whole = sum(layer.weight_gradients for layer in self._chunks[action.chunk]) + self._ends[action.chunk]
-            self._waiting -= whole * (action.part + 1) // action.parts - whole * action.part // action.parts
+            self.waiting -= whole * (action.part + 1) // action.parts - whole * action.part // action.parts
         elif action.kind == "RELOAD":
-            for run in reversed(self._runs.get(key, [])):
+            for run in reversed(self.runs.get(key, [])):
                 self._fetch(run)
+
+    def recall(self, key: tuple[int, int], fetched: Collection[int] = ()) -> list[Cargo]:
+        """Put in a microbatch whose forward pass is long over; its parcels, of which some are on the way back.
+
+        What it holds is not counted.
+        """
+        twin = Ledger(self._chunks, base_apart=self._base_apart)
+        twin.do(Action("F", *key))
+        self.runs[key] = twin.runs[key]
+        parcels = self.parcels_of(key)
+        for number, cargo in enumerate(parcels):
+            cargo.has_sources, cargo.has_buffers = False, number in fetched
+        return parcels
+
+    def parcels_of(self, key: tuple[int, int]) -> list[Cargo]:
+        """All parcels of a microbatch that is in flight, always in the same order."""
+        return [cargo for run in self.runs[key] for cargo in run.all_parcels]
 
     def _forward(self, key: tuple[int, int], layer: LayerBytes) -> None:
         self._retire()
-        self._is_storing_over = False
-        runs = self._runs[key]
+        self.is_storing_over = False
+        runs = self.runs[key]
         before = runs[-1] if runs else None
         segment = 0 if before is None else before.segment + layer.begins
         run = _Run(layer, None if layer.begins else before, kept=layer.kept, segment=segment)
         for nbytes in layer.tiles:
-            if (cargo := self._courier.store(nbytes)) is not None:
+            if (cargo := self.courier.store(nbytes)) is not None:
                 run.tiles.append(cargo)
-            self._courier.retire(1)
-        run.base, run.rest = self._courier.store(layer.base), self._courier.store(layer.rest)
-        run.experts = self._expert_courier.store(layer.experts)
-        self._host += layer.host
-        self.book.host = max(self.book.host, self._host)
+            self.courier.retire(1)
+        run.base, run.rest = self.courier.store(layer.base), self.courier.store(layer.rest)
+        run.experts = self.expert_courier.store(layer.experts)
+        self.host += layer.host
+        self.book.host = max(self.book.host, self.host)
         self.book.to_host += layer.host
-        self._retained += layer.kept
-        self._routed += layer.routed
+        self.retained += layer.kept
+        self.routed += layer.routed
         runs.append(run)
         self._sample()
 
     def _backward(self, key: tuple[int, int], *, splits: bool) -> None:
-        self._waiting += self._ends[key[0]] if splits else 0
-        for run in reversed(self._runs[key]):
-            if self._expected and self._expected[0] == (*key, run.segment):
-                self._expected.pop(0)
+        self.waiting += self._ends[key[0]] if splits else 0
+        for run in reversed(self.runs[key]):
+            if self.expected and self.expected[0] == (*key, run.segment):
+                self.expected.pop(0)
             self._begin(run)
             if run.layer.back:
                 self._bring_back(run)
             self._take_tiles(run)
             if splits:
-                self._waiting += run.layer.weight_gradients
+                self.waiting += run.layer.weight_gradients
                 self._sample()
-        del self._runs[key]
+        del self.runs[key]
 
     def _begin(self, run: _Run) -> None:
         run.has_begun = True
@@ -385,8 +362,8 @@ class Ledger:
         if later is not None:
             self._fetch(later)
         self._sample()
-        self._retire(everything=self._is_storing_over)
-        self._is_storing_over = True
+        self._retire(everything=self.is_storing_over)
+        self.is_storing_over = True
         if not run.layer.back:
             self._sample(again=run.layer.again)
             self._gone(run)
@@ -394,9 +371,9 @@ class Ledger:
     def _bring_back(self, run: _Run) -> None:
         for cargo in (run.base, run.rest):
             if cargo is not None:
-                self._courier.take(cargo)
+                self.courier.take(cargo)
         if run.experts is not None:
-            self._expert_courier.take(run.experts)
+            self.expert_courier.take(run.experts)
         run.base = run.rest = run.experts = None
         self._rebuild_input(run)
         self._sample(at_work=run.layer.back, again=run.layer.again)
@@ -405,66 +382,68 @@ class Ledger:
     def _take_tiles(self, run: _Run) -> None:
         """The last one first; while one is worked on the one before it is on its way."""
         while run.tiles:
-            self._courier.take(run.tiles.pop())
+            self.courier.take(run.tiles.pop())
             for cargo in run.tiles[-1:]:
-                self._courier.fetch(cargo)
+                self.courier.fetch(cargo)
 
     def _rebuild_input(self, run: _Run) -> None:
         """Sparse residuals: the base of the layers before is brought back ahead of the rest."""
         while not run.layer.stores_input and run.previous is not None:
             run = run.previous
             if run.base is not None:
-                self._courier.take(run.base)
+                self.courier.take(run.base)
                 run.base = None
 
     def _gone(self, run: _Run) -> None:
-        self._retained -= run.kept
-        self._routed -= run.layer.routed
-        self._host -= run.layer.host
+        self.retained -= run.kept
+        self.routed -= run.layer.routed
+        self.host -= run.layer.host
         run.kept = 0
 
     def _next_after(self, run: _Run) -> _Run | None:
         later = run.previous
         while later is not None and not later.has_parcels:
             later = later.previous
-        if later is not None or not self._expected:
+        if later is not None or not self.expected:
             return later
-        chunk, microbatch, segment = self._expected[0]
-        runs = (one for one in reversed(self._runs.get((chunk, microbatch), ())) if one.segment == segment)
+        chunk, microbatch, segment = self.expected[0]
+        runs = (one for one in reversed(self.runs.get((chunk, microbatch), ())) if one.segment == segment)
         return next((one for one in runs if one.has_parcels and not one.has_begun), None)
 
     def _fetch(self, run: _Run) -> None:
         for cargo in run.parcels:
-            self._courier.fetch(cargo)
+            self.courier.fetch(cargo)
         if run.experts is not None:
-            self._expert_courier.fetch(run.experts)
+            self.expert_courier.fetch(run.experts)
         step: _Run | None = run
         while step is not None and not step.layer.stores_input:
             step = step.previous
             if step is not None and step.base is not None:
-                self._courier.fetch(step.base)
+                self.courier.fetch(step.base)
 
     def _retire(self, *, everything: bool = False) -> None:
-        self._courier.retire(0 if everything else 2 if self._base_apart else 1)
-        self._expert_courier.retire(0 if everything else 1)
+        self.courier.retire(0 if everything else 2 if self._base_apart else 1)
+        self.expert_courier.retire(0 if everything else 1)
 
     @property
     def _staging(self) -> int:
-        return self._courier.staging + self._expert_courier.staging
+        return self.courier.staging + self.expert_courier.staging
 
-    def _held(self) -> int:
-        return self._retained + self._routed + self._staging + self._waiting
+    def held(self) -> int:
+        """Bytes that layers hold now."""
+        return self.retained + self.routed + self._staging + self.waiting
 
     def _sample(self, at_work: int = 0, again: int = 0) -> None:
         """Look at what is held, with `at_work` bytes that are back for a backward pass, and `again` made again."""
-        total = self._held() + at_work
-        self._metered = max(self._metered, total - self._waiting - self._routed)
-        if total + again > self._most_total:
-            self._most, self._most_total = self._now(at_work + again), total + again
+        total = self.held() + at_work
+        self.metered = max(self.metered, total - self.waiting - self.routed)
+        if total + again > self.most_total:
+            self.most, self.most_total = self.now(at_work + again), total + again
 
-    def _now(self, at_work: int = 0) -> Moment:
-        kept = self._retained + self._routed
-        return Moment(kept=kept, at_work=at_work, staging=self._staging, weight_gradients=self._waiting)
+    def now(self, at_work: int = 0) -> Moment:
+        """The same by kind, with `at_work` bytes that are back for a backward pass."""
+        kept = self.retained + self.routed
+        return Moment(kept=kept, at_work=at_work, staging=self._staging, weight_gradients=self.waiting)
 
 
 def _total(moment: Moment) -> int:
