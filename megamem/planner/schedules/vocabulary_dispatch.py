@@ -24,11 +24,11 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from megamem.ir.schedule import TOKENS_AHEAD, Action, Barriers, Kind, Placement
-from megamem.ir.workload import PipelineCosts, StageCost, VocabularyCost
+from megamem.ir.workload import PipelineCosts, VocabularyCost
 from megamem.planner.schedules.weight_placement import ROUNDING, Timed
 
 _PATIENCE: Final = 0.5
@@ -50,18 +50,60 @@ class Rules(NamedTuple):
     floats: bool = False
 
 
-class _Rank:
-    """A rank on its way through its list."""
+class _Step(NamedTuple):
+    """A kind of pass of one chunk on one rank.
 
-    def __init__(self, order: Sequence[Action]) -> None:
-        self.order = order
+    arrivals:  of its input, by microbatch
+    turn:      whether S and T take their turn before it
+    more:      seconds of the W in a BW
+    """
+
+    arrivals: list[float]
+    turn: bool
+    stage: int
+    seconds: float
+    take: float
+    give: float
+    more: float = 0.0
+
+
+class _Rank:
+    """A rank on its way through its list. `num_...` of vocabulary passes have begun, in the order of microbatches."""
+
+    __slots__ = (
+        "clock", "done", "held", "left", "num_ib", "num_if", "num_s", "num_t", "order", "owed", "parts", "peak",
+        "position", "start", "steps",
+    )  # fmt: skip
+
+    def __init__(self, order: Sequence[Action], steps: Mapping[tuple[Kind, int], _Step], left: float) -> None:
+        self.order, self.steps = order, steps
+        self.left = left  # seconds of all that is still to be run
         self.done: list[Action] = []
         self.owed: deque[Action] = deque()  # W that float
         self.parts: dict[tuple[object, ...], int] = {}  # of a W, that have run
         self.position = 0
-        self.next: dict[Kind, int] = {"IF": 0, "S": 0, "T": 0, "IB": 0}  # place in the order of microbatches
+        self.num_if = self.num_s = self.num_t = self.num_ib = 0
         self.clock, self.start = 0.0, -1.0
         self.held = self.peak = 0.0
+
+
+class _Line:
+    """Vocabulary passes of one kind, in their order: when what each needs arrives, the same on all ranks.
+
+    posted:  by microbatch, ranks that have posted their part of the collective after it, and when the last one did
+    """
+
+    def __init__(self, kind: Kind, microbatches: Sequence[int]) -> None:
+        self.actions = [Action(kind, 0, microbatch) for microbatch in microbatches]
+        self.place = {microbatch: place for place, microbatch in enumerate(microbatches)}
+        self.arrivals = [_NEVER] * (len(microbatches) + 1)
+        self.posted = [(0, 0.0)] * len(microbatches)
+
+    def post(self, microbatch: int, end: float) -> tuple[int, float]:
+        """One rank's part."""
+        count, last = self.posted[microbatch]
+        found = self.posted[microbatch] = (count + 1, max(last, end))
+        return found
 
 
 class Dispatch:
@@ -78,37 +120,61 @@ class Dispatch:
     ) -> None:
         """The lists, without vocabulary passes; and the memory at which W and T that wait come before an F."""
         self.placement, self.costs, self.rules, self.cap = placement, costs, rules, cap * ROUNDING
-        self.share, self.barriers = costs.vocabulary or VocabularyCost(), barriers
-        self.seconds = {kind: self.share.seconds(kind, barriers) for kind in ("IF", "S", "T", "IB")}
-        self.ranks = [_Rank(order) for order in orders]
+        share = costs.vocabulary or VocabularyCost()
+        self.kept, self.collective, self.barriers = share.kept, share.collective, barriers
+        self.seconds_if, self.seconds_s, self.seconds_t, self.seconds_ib = (
+            share.seconds(kind, barriers) for kind in ("IF", "S", "T", "IB")
+        )
         self.last = placement.num_stages - 1
         end_rank, end_chunk = placement.rank_of(self.last), placement.chunk_of(self.last)
         outputs = [a.microbatch for a in orders[end_rank] if a.kind == "F" and a.chunk == end_chunk]
         first = [a for a in orders[placement.rank_of(0)] if a.chunk == 0]
         inputs = [a.microbatch for a in first if a.kind == "F"]
         gradients = [a.microbatch for a in first if a.kind in ("B", "BW")]
-        self.order: dict[Kind, list[int]] = {"IF": inputs, "S": outputs, "T": outputs, "IB": gradients}
+        self.line_if, self.line_ib = _Line("IF", inputs), _Line("IB", gradients)
+        self.line_s, self.line_t = _Line("S", outputs), _Line("T", outputs)
         self.count = len(inputs)
         self.input = [[_NEVER] * self.count for _ in range(placement.num_stages)]  # of F of a stage
         self.gradient = [[_NEVER] * self.count for _ in range(placement.num_stages)]  # of its B
-        self.arrival = {kind: [_NEVER] * self.count for kind in self.order}  # of what a vocabulary pass needs
+        self.ranks = [self._rank(index, order) for index, order in enumerate(orders)]
         self.embedded = iter(inputs)
-        for microbatch in itertools.islice(self.embedded, TOKENS_AHEAD):
-            self.arrival["IF"][microbatch] = 0.0
-        self.posted: dict[tuple[Kind, int], list[float]] = {}
+        for place, _ in enumerate(itertools.islice(self.embedded, TOKENS_AHEAD)):
+            self.line_if.arrivals[place] = 0.0
         self.wakes = [(0.0, rank) for rank in range(placement.num_ranks)]
 
-    def run(self) -> Timed | None:
-        """The complete lists, and what they take; None where they wait for each other."""
-        wakes, ranks = self.wakes, self.ranks
+    def _rank(self, index: int, order: Sequence[Action]) -> _Rank:
+        steps: dict[tuple[Kind, int], _Step] = {}
+        now, before = [0.0] * self.count, self.rules.before
+        left = self.count * (self.seconds_if + self.seconds_s + self.seconds_t + self.seconds_ib)
+        for chunk in range(self.placement.num_chunks):
+            stage = self.placement.stage(index, chunk)
+            cost, there, back = self.costs.stages[stage], self.input[stage], self.gradient[stage]
+            freed = cost.activation - cost.weight_grad
+            steps["F", chunk] = _Step(there, "F" in before, stage, cost.forward, cost.activation, 0.0)
+            steps["B", chunk] = _Step(back, "B" in before, stage, cost.backward, 0.0, freed)
+            steps["W", chunk] = _Step(now, "W" in before, stage, cost.weight, 0.0, cost.weight_grad)
+            steps["BW", chunk] = _Step(back, "BW" in before, stage, cost.backward, 0.0, cost.activation, cost.weight)
+            left += self.count * cost.total
+        return _Rank(order, steps, left)
+
+    def run(self, bound: float = math.inf) -> Timed | None:
+        """The complete lists, and what they take; None where they wait for each other.
+
+        bound: None as well where they take longer than this, or more memory than the cap
+        """
+        wakes, ranks, is_bound, bound = self.wakes, self.ranks, bound < math.inf, bound * ROUNDING
         while wakes:
             now, index = heapq.heappop(wakes)
             rank = ranks[index]
-            if rank.clock <= now and (action := self._choose(rank, index, now)) is not None:
+            if rank.clock <= now and (action := self._choose(rank, now)) is not None:
                 self._start(rank, index, action, now)
-        total = 4 * self.count
-        if any(rank.position < len(rank.order) or sum(rank.next.values()) < total for rank in ranks):
-            return None
+                if is_bound and (rank.clock + rank.left > bound or rank.peak > self.cap):
+                    return None
+        count = self.count
+        for rank in ranks:
+            is_through = rank.num_if == rank.num_s == rank.num_t == rank.num_ib == count
+            if rank.position < len(rank.order) or not is_through:
+                return None
         return Timed(
             tuple(tuple(rank.done) for rank in ranks),
             max(rank.clock for rank in ranks),
@@ -116,129 +182,119 @@ class Dispatch:
             tuple(rank.peak for rank in ranks),
         )
 
-    def _choose(self, rank: _Rank, index: int, now: float) -> Action | None:
+    def _choose(self, rank: _Rank, now: float) -> Action | None:
         """What the rank runs now; None where nothing is there."""
-        for kind in ("IF", "IB"):
-            if (action := self._ready(rank, kind, now)) is not None:
-                return action
-        head = rank.order[rank.position] if rank.position < len(rank.order) else None
-        arrives = _NEVER if head is None else self._arrives(index, head)
-        statistics = self._ready(rank, "S", now)
-        gradient = self._ready(rank, "T", now)
-        waits = arrives > now
-        if head is None or waits or head.kind in self.rules.before:
-            if statistics is not None:
-                full = rank.held + self.share.kept > self.cap
-                return gradient if full and gradient is not None else statistics
-            late = rank.next["S"] - rank.next["T"] > self.rules.lag
-            if gradient is not None and (self.barriers == 2 or late):
-                return gradient
-        if head is not None and not waits:
-            if head.kind == "F" and (rank.owed or gradient is not None):
-                taken = self.costs.stages[self.placement.stage(index, head.chunk)].activation
-                if rank.held + taken > self.cap:
-                    return rank.owed.popleft() if rank.owed else gradient
+        if self.line_if.arrivals[rank.num_if] <= now:
+            return self.line_if.actions[rank.num_if]
+        if self.line_ib.arrivals[rank.num_ib] <= now:
+            return self.line_ib.actions[rank.num_ib]
+        has_s, has_t = self.line_s.arrivals[rank.num_s] <= now, self.line_t.arrivals[rank.num_t] <= now
+        arrives, turn = _NEVER, True
+        if rank.position < len(rank.order):
+            head = rank.order[rank.position]
+            arrivals, turn, _, _, taken, _, _ = rank.steps[head[:2]]  # kind and chunk
+            arrives = arrivals[head[2]]
+        if (has_s or has_t) and (turn or arrives > now):
+            if has_s and not (has_t and rank.held + self.kept > self.cap):
+                return self.line_s.actions[rank.num_s]
+            if has_t and (has_s or self.barriers == 2 or rank.num_s - rank.num_t > self.rules.lag):
+                return self.line_t.actions[rank.num_t]
+        if arrives <= now:
+            if head[0] == "F" and (rank.owed or has_t) and rank.held + taken > self.cap:
+                return rank.owed.popleft() if rank.owed else self.line_t.actions[rank.num_t]
             rank.position += 1
             return head
-        if gradient is not None and self._fits(self.seconds["T"], arrives - now):
-            return gradient
-        if rank.owed and self._fits(self._cost(index, rank.owed[0]).weight, arrives - now):
+        if has_t and _fits(self.seconds_t, arrives - now):
+            return self.line_t.actions[rank.num_t]
+        if rank.owed and _fits(rank.steps[rank.owed[0][:2]].seconds, arrives - now):
             return rank.owed.popleft()
         return None
 
-    def _fits(self, seconds: float, wait: float) -> bool:
-        return wait >= _PATIENCE * seconds / ROUNDING
-
-    def _ready(self, rank: _Rank, kind: Kind, now: float) -> Action | None:
-        """The next pass of this kind, if what it needs is there."""
-        place = rank.next[kind]
-        if place == self.count:
-            return None
-        microbatch = self.order[kind][place]
-        return Action(kind, 0, microbatch) if self.arrival[kind][microbatch] <= now else None
-
-    def _cost(self, index: int, action: Action) -> StageCost:
-        return self.costs.stages[self.placement.stage(index, action.chunk)]
-
-    def _arrives(self, index: int, action: Action) -> float:
-        """When the input of a pass of the list is there."""
-        if action.kind == "W":
-            return 0.0
-        stage = self.placement.stage(index, action.chunk)
-        return (self.input if action.kind == "F" else self.gradient)[stage][action.microbatch]
-
     def _start(self, rank: _Rank, index: int, action: Action, now: float) -> None:
         """Run the action, and tell those who wait for it when its result arrives."""
-        kind, microbatch = action.kind, action.microbatch
-        take = give = 0.0
-        if kind in self.seconds:
-            end = now + self.seconds[kind]
-            rank.next[kind] += 1
-            take, give = self.share.kept * (kind == "S"), self.share.kept * (kind == "T")
-            self._post(kind, microbatch, end)
+        kind, chunk, microbatch, _, parts = action
+        if (step := rank.steps.get((kind, chunk))) is None:
+            seconds, take, give = self._start_vocabulary(rank, kind, microbatch, now)
+            end = now + seconds
         else:
-            cost, stage = self._cost(index, action), self.placement.stage(index, action.chunk)
+            _, _, stage, seconds, take, give, more = step
+            end = now + seconds + more
             if kind == "F":
-                end, take = now + cost.forward, cost.activation
                 self._send_forward(index, stage, microbatch, end, now)
             elif kind == "W":
-                end = now + cost.weight / action.parts
-                rank.parts[action[:3]] = done = rank.parts.get(action[:3], 0) + 1
-                give = cost.weight_grad if done == action.parts else 0.0
+                if parts > 1:
+                    end = now + seconds / parts
+                    rank.parts[action[:3]] = done = rank.parts.get(action[:3], 0) + 1
+                    give = give if done == parts else 0.0
             else:
-                end = now + cost.backward + (cost.weight if kind == "BW" else 0.0)
-                give = cost.activation if kind == "BW" else cost.activation - cost.weight_grad
                 self._send_backward(index, stage, microbatch, end)
                 if kind == "B" and self.rules.floats:
-                    rank.owed.append(Action("W", action.chunk, microbatch))
+                    rank.owed.append(Action("W", chunk, microbatch))
         if rank.start < 0:
             rank.start = now
         rank.held += take
-        rank.peak = max(rank.peak, rank.held)
+        if rank.held > rank.peak:
+            rank.peak = rank.held
         rank.held -= give
+        rank.left -= end - now
         rank.done.append(action)
         rank.clock = end
         heapq.heappush(self.wakes, (end, index))
+
+    def _start_vocabulary(self, rank: _Rank, kind: Kind, microbatch: int, now: float) -> tuple[float, float, float]:
+        """Its seconds, and the memory that it takes and gives. One rank's part of the collective after it is posted."""
+        if kind == "S":
+            rank.num_s += 1
+            count, last = self.line_s.post(microbatch, now + self.seconds_s)
+            if count == len(self.ranks):
+                self._arrive_everywhere(self.line_t, microbatch, last + self.collective)
+                if self.barriers == 1:
+                    self._arrive(self.gradient, self.last, microbatch, last + self.collective)
+            return self.seconds_s, self.kept, 0.0
+        if kind == "T":
+            rank.num_t += 1
+            count, last = self.line_t.post(microbatch, now + self.seconds_t)
+            if count == len(self.ranks) and self.barriers == 2:
+                self._arrive(self.gradient, self.last, microbatch, last + self.collective)
+            return self.seconds_t, 0.0, self.kept
+        if kind == "IF":
+            rank.num_if += 1
+            count, last = self.line_if.post(microbatch, now + self.seconds_if)
+            if count == len(self.ranks):
+                self._arrive(self.input, 0, microbatch, last + self.collective)
+            return self.seconds_if, 0.0, 0.0
+        rank.num_ib += 1
+        return self.seconds_ib, 0.0, 0.0
 
     def _send_forward(self, index: int, stage: int, microbatch: int, end: float, now: float) -> None:
         if stage == 0:
             following = next(self.embedded, None)
             if following is not None:
-                self._arrive_everywhere("IF", following, now)
+                self._arrive_everywhere(self.line_if, following, now)
         if stage == self.last:
-            self._arrive_everywhere("S", microbatch, end + self.share.collective)
+            self._arrive_everywhere(self.line_s, microbatch, end + self.collective)
             return
-        target = self.placement.rank_of(stage + 1)
-        time = end + (self.costs.comm if target != index else 0.0)
-        self.input[stage + 1][microbatch] = time
-        heapq.heappush(self.wakes, (time, target))
+        hop = self.costs.comm if self.placement.rank_of(stage + 1) != index else 0.0
+        self._arrive(self.input, stage + 1, microbatch, end + hop)
 
     def _send_backward(self, index: int, stage: int, microbatch: int, end: float) -> None:
         if stage == 0:
-            self._arrive_everywhere("IB", microbatch, end + self.share.collective)
+            self._arrive_everywhere(self.line_ib, microbatch, end + self.collective)
             return
-        target = self.placement.rank_of(stage - 1)
-        time = end + (self.costs.comm if target != index else 0.0)
-        self.gradient[stage - 1][microbatch] = time
-        heapq.heappush(self.wakes, (time, target))
+        hop = self.costs.comm if self.placement.rank_of(stage - 1) != index else 0.0
+        self._arrive(self.gradient, stage - 1, microbatch, end + hop)
 
-    def _post(self, kind: Kind, microbatch: int, end: float) -> None:
-        """One rank's part of the collective after a vocabulary pass."""
-        ends = self.posted.setdefault((kind, microbatch), [])
-        ends.append(end)
-        if len(ends) < len(self.ranks):
-            return
-        time = max(self.posted.pop((kind, microbatch))) + self.share.collective
-        if kind == "IF":
-            self.input[0][microbatch] = time
-            heapq.heappush(self.wakes, (time, self.placement.rank_of(0)))
-        elif kind == "S":
-            self._arrive_everywhere("T", microbatch, time)
-        if kind == "ST"[self.barriers - 1]:
-            self.gradient[self.last][microbatch] = time
-            heapq.heappush(self.wakes, (time, self.placement.rank_of(self.last)))
+    def _arrive(self, inputs: list[list[float]], stage: int, microbatch: int, time: float) -> None:
+        """At one stage."""
+        inputs[stage][microbatch] = time
+        heapq.heappush(self.wakes, (time, self.placement.rank_of(stage)))
 
-    def _arrive_everywhere(self, kind: Kind, microbatch: int, time: float) -> None:
-        self.arrival[kind][microbatch] = time
-        for index in range(len(self.ranks)):
-            heapq.heappush(self.wakes, (time, index))
+    def _arrive_everywhere(self, line: _Line, microbatch: int, time: float) -> None:
+        line.arrivals[line.place[microbatch]] = time
+        for index, rank in enumerate(self.ranks):
+            if rank.clock <= time:  # or it looks for itself when it is free
+                heapq.heappush(self.wakes, (time, index))
+
+
+def _fits(seconds: float, wait: float) -> bool:
+    return wait >= _PATIENCE * seconds / ROUNDING

@@ -21,6 +21,7 @@ F, B and W stay in the order of the family; but where every W is apart from its 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
@@ -105,15 +106,19 @@ def insert_vocabulary(bases: Iterable[Schedule], request: Request, *, narrow: It
     allowed = runs[0].usual_limit() if limit is None else limit
     ranks = request.num_ranks
     lags = (0, ranks) if request.vocabulary == 1 else (0,)
-    found = [each for run in runs for lag in lags if (each := run.insert(Rules(_ANY, lag), allowed)) is not None]
+    found: list[_Candidate] = []
+    for run in runs:
+        for lag in lags:
+            found += run.inserted(Rules(_ANY, lag), allowed, _bound(found, allowed))
     # With T as soon as it may run, whatever the limit: what is lean enough for one limit is so for all above it.
-    lean = [each for run in plain if limit is not None and (each := run.insert(Rules(_ANY), 0.0)) is not None]
+    lean = [each for run in plain if limit is not None for each in run.inserted(Rules(_ANY), 0.0)]
     found += lean
     chosen = _best(found, allowed)
     refined = next(run for run in runs if run.schedule is chosen.base)
     floats = (False, True) if refined.may_float else (False,)
     rules = [Rules(before, lag, each) for before in (_ANY, _FORWARD, _BACKWARD) for lag in lags for each in floats]
-    found += [each for rule in rules[len(lags) :] if (each := refined.insert(rule, allowed)) is not None]
+    for rule in (rule for rule in rules[len(lags) :] if rule.floats or rule.before != _ANY):
+        found += refined.inserted(rule, allowed, _bound(found, allowed))
     chosen = _best(found, allowed)
     if limit is not None and chosen.peak > limit * ROUNDING:
         base, least = chosen.base, at_least(min(each.peak for each in lean))
@@ -181,6 +186,11 @@ def _best(found: Sequence[_Candidate], limit: float) -> _Candidate:
     return min(close, key=lambda each: (_digits(each.peak), _digits(each.timed.makespan)))
 
 
+def _bound(found: Sequence[_Candidate], limit: float) -> float:
+    """The makespan that one more candidate may have at most, to make a difference to `_best`."""
+    return min((each.timed.makespan for each in found if each.peak <= limit * ROUNDING), default=math.inf) * _CLOSE
+
+
 def _digits(value: float) -> float:
     """Nine of them, so that sums in another order are equal."""
     return float(f"{value:.9g}")
@@ -211,9 +221,9 @@ class _Base:
         own = peak_activation(self.schedule, self.costs)
         return own + self.barriers * microbatch + (self.barriers + 1) * kept
 
-    def insert(self, rules: Rules, limit: float) -> _Candidate | None:
-        """The lists with vocabulary passes by these rules; None where they wait for each other."""
+    def inserted(self, rules: Rules, limit: float, bound: float = math.inf) -> list[_Candidate]:
+        """The lists with vocabulary passes by these rules; none where they wait for each other, or exceed `bound`."""
         orders = self.bare if rules.floats else self.schedule.ranks
         run = Dispatch(orders, self.schedule.placement, self.costs, self.barriers, rules, limit)
-        timed = run.run()
-        return None if timed is None else _Candidate(self.schedule, timed)
+        timed = run.run(bound)
+        return [] if timed is None else [_Candidate(self.schedule, timed)]
