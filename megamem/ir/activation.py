@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from typing import Literal
 
 Tier = Literal["hbm", "host"]
@@ -93,7 +94,12 @@ class Fate:
 
     def num_tokens(self, total: int) -> int:
         """How many of `total` tokens are stored; rounded down, but exact for 0 and 1."""
-        return int(Fraction(self.fraction).limit_denominator(1 << 20) * total)
+        return _share(self.fraction, total)
+
+
+@cache
+def _share(fraction: float, total: int) -> int:
+    return int(Fraction(fraction).limit_denominator(1 << 20) * total)
 
 
 KEEP = Fate(fraction=1.0, tier="hbm")

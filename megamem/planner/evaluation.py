@@ -15,7 +15,7 @@ from functools import cached_property
 from megamem.ir.activation import ActivationPlan
 from megamem.ir.job import Job
 from megamem.ir.plan import MEMORY_KINDS, TIME_KINDS, RankMemory, Traffic, timeline_text
-from megamem.ir.schedule import Action, Barriers, Placement, Schedule
+from megamem.ir.schedule import Barriers, Placement, Schedule
 from megamem.ir.workload import PipelineCosts, StageCost, VocabularyCost
 from megamem.planner.costs.copies import CopiedLayer, Stalls, stalls
 from megamem.planner.costs.layer import LayerTime, PassTime
@@ -23,7 +23,7 @@ from megamem.planner.costs.recompute import replay_seconds
 from megamem.planner.costs.work import output_flops, output_traffic, projection_flops
 from megamem.planner.hardware import Hardware
 from megamem.planner.layer_options import STOCK_LAYERS, LayerOptions
-from megamem.planner.memory.activations import ActivationMemory
+from megamem.planner.memory.activations import ActivationMemory, Kind
 from megamem.planner.memory.device import output_bytes, shared_bytes, static_bytes, transient_bytes
 from megamem.planner.memory.ledger import Book, LayerBytes
 from megamem.planner.memory.parameters import (
@@ -109,6 +109,17 @@ class Priced:
         return all(rank.peak <= rank.limit for rank in self.memory) and self.host <= host
 
 
+def with_timelines(priced: Priced) -> tuple[RankMemory, ...]:
+    """The memory of all ranks with its timelines, which are long and seldom looked at."""
+    found = []
+    for memory, book, times in zip(priced.memory, priced.books, priced.simulation.times, strict=True):
+        curve = [(0.0, 0.0)]
+        for (start, end), during, after in zip(times, book.during, book.after, strict=True):
+            curve += [(start, float(during.total)), (end, float(after))]
+        found.append(replace(memory, timeline=timeline_text(sorted(curve, key=lambda point: point[0]))))
+    return tuple(found)
+
+
 class Model:
     """A job on some hardware; what does not depend on the setup is computed once.
 
@@ -123,6 +134,8 @@ class Model:
         self.limit = hardware.for_training if device_limit is None else device_limit
         self._layers: dict[bool, LayerTime] = {}
         self._transients: dict[bool, tuple[int, int]] = {}
+        self._kinds: dict[Job, dict[bool, Kind]] = {}
+        self._untouched: dict[str | None, ActivationMemory] = {}
 
     def layer(self, number: int) -> LayerTime:
         """The times of a layer; layers that are alike share them."""
@@ -165,10 +178,15 @@ class Model:
 
     def memory(self, plan: ActivationPlan | None, *, recompute: str | None = None) -> ActivationMemory:
         """What the layers hold under an activation plan; with `recompute`, as if Megatron recomputed that."""
+        if plan is None and recompute in self._untouched:
+            return self._untouched[recompute]
         job = self.job
         if recompute is not None:
             job = replace(job, recompute=recompute, recompute_method="uniform", recompute_num_layers=1)
-        return ActivationMemory(job, plan, self.options)
+        memory = ActivationMemory(job, plan, self.options, self._kinds)
+        if plan is None:
+            self._untouched[recompute] = memory
+        return memory
 
     def price(self, setup: Setup) -> Priced:
         """Time and memory of a setup."""
@@ -198,7 +216,7 @@ class _Pricing:
             setup=self.setup,
             step_seconds=sum(kinds.values()),
             time={kind: kinds[kind] for kind in TIME_KINDS if kinds[kind] > _NOTHING * simulation.makespan},
-            memory=tuple(self._rank(rank, book, simulation) for rank, book in enumerate(books)),
+            memory=tuple(self._rank(rank, book) for rank, book in enumerate(books)),
             traffic=self._traffic(books, stages),
             simulation=simulation,
             books=books,
@@ -351,21 +369,26 @@ class _Pricing:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    def _rank(self, rank: int, book: Book, simulation: Simulation) -> RankMemory:
+    def _rank(self, rank: int, book: Book) -> RankMemory:
         kinds: dict[str, int] = dict.fromkeys(MEMORY_KINDS, 0)
         kinds |= static_bytes(
             self.job, self.placement, rank, self.model.hardware, shards_vocabulary=self.setup.barriers is not None
         )
         hardware = self.model.hardware
         share = hardware.fragmentation_arena if self.setup.static else hardware.fragmentation_caching
+        chunks = range(self.placement.num_chunks)
+        spaces = {
+            (kind, chunk): self._space(kind, rank, chunk) for kind in ("S", "T", "F", "B", "BW") for chunk in chunks
+        }
         fullest, most, shared = (book.peak, 0, 0), -1, 0
-        for action, moment in zip(self.setup.schedule.ranks[rank], book.during, strict=True):
-            shared += self._shared(action)
-            output, space = self._space(action, rank)
-            total = moment.total + output + shared + space
+        for (kind, chunk, _, _, _), moment in zip(self.setup.schedule.ranks[rank], book.during, strict=True):
+            if kind == "S":
+                shared += self._shared_bytes
+            output, space = spaces.get((kind, chunk), (0, 0))
+            total = sum(moment) + output + shared + space
             if total > most:
                 fullest, most = (moment, output + shared, space), total
-            if action.kind == "T":
+            if kind == "T":
                 shared -= self._shared_bytes
         moment, output, space = fullest
         kinds |= moment._asdict() | {"output_layer": output, "transients": space}
@@ -375,11 +398,7 @@ class _Pricing:
             kinds={kind: nbytes for kind, nbytes in kinds.items() if nbytes},
             limit=self.model.limit,
             host=book.host,
-            timeline=timeline_text(self._curve(rank, book, simulation)),
         )
-
-    def _shared(self, action: Action) -> int:
-        return self._shared_bytes if action.kind == "S" else 0
 
     @cached_property
     def _shared_bytes(self) -> int:
@@ -387,25 +406,17 @@ class _Pricing:
         setup, ranks = self.setup, self.placement.num_ranks
         return shared_bytes(self.job, setup.barriers or 1, shards=ranks, keep_logits=setup.keep_logits)
 
-    def _space(self, action: Action, rank: int) -> tuple[int, int]:
+    def _space(self, kind: str, rank: int, chunk: int) -> tuple[int, int]:
         """Bytes that an action holds besides what layers save: of the output layer, and working space."""
-        if action.kind in ("S", "T"):
+        if kind in ("S", "T"):
             return output_bytes(self.job, fused=True, shards=self.placement.num_ranks), 0
-        if action.kind not in ("F", "B", "BW"):
-            return 0, 0
-        stage = self.placement.stage(rank, action.chunk)
+        stage = self.placement.stage(rank, chunk)
         numbers = stage_layers(self.job, stage)
         pairs = [self.model.transients(number) for number in (*numbers[:1], *numbers[-1:])]
-        space = max((pair[0 if action.kind == "F" else 1] for pair in pairs), default=0)
+        space = max((pair[0 if kind == "F" else 1] for pair in pairs), default=0)
         if stage == self.last and self.setup.barriers is None:
             return output_bytes(self.job, fused=self.setup.fused_loss), space
         return 0, space
-
-    def _curve(self, rank: int, book: Book, simulation: Simulation) -> list[tuple[float, float]]:
-        curve = [(0.0, 0.0)]
-        for (start, end), during, after in zip(simulation.times[rank], book.during, book.after, strict=True):
-            curve += [(start, float(during.total)), (end, float(after))]
-        return sorted(curve, key=lambda point: point[0])
 
     def _traffic(self, books: Sequence[Book], stages: Sequence[StageTime]) -> Traffic:
         rank = max(range(len(books)), key=lambda number: books[number].to_host)

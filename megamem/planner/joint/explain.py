@@ -25,7 +25,7 @@ from megamem.ir.schedule import COMMUNICATION
 from megamem.planfile import installed
 from megamem.planner.activations import plan_activations
 from megamem.planner.costs.work import MFU_FORMULA, model_flops
-from megamem.planner.evaluation import Model, Priced
+from megamem.planner.evaluation import Model, Priced, with_timelines
 from megamem.planner.fractions.table import text_of
 from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, in_full
 from megamem.planner.joint.search import Found
@@ -59,7 +59,7 @@ def explain(planned: LayoutPlan, wishes: Wishes, extra: Sequence[Alternative] = 
     prediction = Prediction(
         step_seconds=best.priced.step_seconds,
         time=best.priced.time,
-        memory=best.priced.memory,
+        memory=with_timelines(best.priced),
         traffic=best.priced.traffic,
         utilization=utilization(model, best.priced.step_seconds),
         tokens_per_second_per_gpu=throughput(model, best.priced.step_seconds),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from megamem.errors import InfeasibleError, MegamemError
 from megamem.ir.activation import ActivationPlan
@@ -435,15 +436,20 @@ def _built(
     if layout.pipeline == 1:
         return _single(count)
     family = name if name != STOCK else "interleaved" if layout.chunks > 1 else "1f1b"
+    # Relative to each other, costs are those of one sequence whatever a microbatch has of them.
+    one = replace(job, micro_batch_size=1)
     request = Request(
         num_ranks=layout.pipeline,
         num_microbatches=count,
         num_chunks=layout.chunks,
         group=group,
         vocabulary=barriers,
-        workload=_workload(job, keep_logits=keep_logits) if barriers else Uniform(),
+        workload=_workload(one, keep_logits=keep_logits) if barriers else Uniform(),
     )
-    return build_schedule(family, request)
+    return _scheduled(family, request)
+
+
+_scheduled = lru_cache(maxsize=256)(build_schedule)
 
 
 def _workload(job: Job, *, keep_logits: bool) -> HasCosts:

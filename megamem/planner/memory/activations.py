@@ -27,7 +27,7 @@ from megamem.planner.schedules.family import Request
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
+class Kind:
     """Layers that are alike: with experts, or without."""
 
     tensors: tuple[Saved, ...]
@@ -40,15 +40,22 @@ class ActivationMemory:
     """The layers of one job under one activation plan, by stage of the model.
 
     options:  what changes what layers save
+    kinds:    the tensors of its layers, as far as they are known already
 
     Without a plan they are left to autograd, and to Megatron's own recomputation as far as the job has it; a plan takes
     its place.
     """
 
-    def __init__(self, job: Job, plan: ActivationPlan | None, options: LayerOptions = STOCK_LAYERS) -> None:
+    def __init__(
+        self,
+        job: Job,
+        plan: ActivationPlan | None,
+        options: LayerOptions = STOCK_LAYERS,
+        kinds: dict[Job, dict[bool, Kind]] | None = None,
+    ) -> None:
         self.job, self.plan, self.options = job if plan is None else replace(job, recompute="none"), plan, options
         self._base_apart = plan is not None and any(not rule.store_input for rule in plan.rules if not rule.untouched)
-        self._kinds: dict[bool, _Kind] = {}
+        self._kinds = {} if kinds is None else kinds.setdefault(self.job, {})
         self._stages: dict[int, list[LayerBytes]] = {}
         self._made: dict[tuple[bool, int, bool, bool], LayerBytes] = {}
 
@@ -105,12 +112,12 @@ class ActivationMemory:
         more = [layer for number in layers[len(own) :] for layer in made([number])]
         return [*made(own), *(replace(layer, begins=True) for layer in more)]
 
-    def kind(self, number: int) -> _Kind:
+    def kind(self, number: int) -> Kind:
         """The tensors and anchors of a layer."""
         is_moe = self.job.model.is_moe(number)
         if is_moe not in self._kinds:
             tiles = self.options.tiles(self.job, number)
-            self._kinds[is_moe] = _Kind(
+            self._kinds[is_moe] = Kind(
                 tensors=tuple(with_options(saved_tensors(self.job, number), self.job, number, self.options)),
                 anchors=anchors_of(self.job, number),
                 weight_gradients=weight_gradient_bytes(self.job, number, tiles=tiles),
@@ -137,14 +144,14 @@ class ActivationMemory:
             self._made[key] = self._made_again(replace(found, weight_gradients=kind.weight_gradients), kind)
         return self._made[key]
 
-    def _made_again(self, layer: LayerBytes, kind: _Kind) -> LayerBytes:
+    def _made_again(self, layer: LayerBytes, kind: Kind) -> LayerBytes:
         """The layer with its experts' tensors left out, where they are recomputed."""
         if self.plan is None or not self.plan.experts_again:
             return layer
         again = storage_bytes(one for one in kind.tensors if one.routed)
         return replace(layer, routed=0, again=again)
 
-    def _own(self, kind: _Kind) -> Sequence[Saved]:
+    def _own(self, kind: Kind) -> Sequence[Saved]:
         """What a layer saves where autograd decides: without its experts' tensors, where they are recomputed."""
         again = self.plan is not None and self.plan.experts_again
         return [one for one in kind.tensors if not (again and one.routed)]
