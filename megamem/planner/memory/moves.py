@@ -71,8 +71,8 @@ class _Move(NamedTuple):
     most: Moment
     metered: int
     is_storing_over: bool
-    retired: tuple[int, int]
-    stored: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
+    retired: tuple[int, ...]
+    stored: tuple[tuple[tuple[int, int], ...], ...]
     fetched: _Numbers
     settled: frozenset[int]
 
