@@ -131,7 +131,7 @@ class Activations(Section):
         "swap_fraction": ("memo", "ordered"),
         "residual_every": ("recompute", "memo", "ordered"),
         "keep_last_layers": ("memo", "ordered"),
-        "compress": ("memo", "ordered"),
+        "compress": ("memo", "ordered", "auto"),
         "experts": ("recompute", "memo", "ordered"),
         "table": ("recompute", "memo", "ordered"),
     }

@@ -40,7 +40,7 @@ def plan_activations(
 
     Raises ConfigError with everything in the table that cannot be done for this model.
     """
-    coded = () if low_precision is None else _CODED.get(low_precision.saved_activations, ())
+    coded = coded_modules(low_precision)
     fates = _policy(options)
     if coded and options.policy == "ordered":
         fates |= {CODED: fates["fc1"], "fc1": RECOMPUTE}
@@ -65,6 +65,18 @@ def plan_activations(
     )
 
 
+def coded_modules(low_precision: LowPrecision | None) -> tuple[str, ...]:
+    """The modules that save 8 bits themselves."""
+    return () if low_precision is None else _CODED.get(low_precision.saved_activations, ())
+
+
+def is_compressed(name: str, coded: tuple[str, ...] = ()) -> bool:
+    """Whether `activations.compress` is for a tensor: of a module's path, or an anchor; `coded` modules save codes."""
+    if any((name + ".").startswith(path + ".") for path in coded):
+        return False
+    return (name == "fc1" and not coded) or any((name + ".").startswith(path + ".") for path in _SAFE)
+
+
 def _with_codecs(fates: dict[str, Fate], compress: Codec, coded: tuple[str, ...]) -> dict[str, Fate]:
     """The fates with a codec wherever compression gives one and they do not say it themselves; codes have none."""
     fates = dict(fates)
@@ -72,8 +84,7 @@ def _with_codecs(fates: dict[str, Fate], compress: Codec, coded: tuple[str, ...]
         for path in _SAFE:
             fates.setdefault(path, fates[SAVED])
         for name, fate in fates.items():
-            is_safe = name == "fc1" or any((name + ".").startswith(path + ".") for path in _SAFE)
-            if is_safe and fate.codec is None and fate.tier == "host" and fate.fraction > 0:
+            if is_compressed(name) and fate.codec is None and fate.tier == "host" and fate.fraction > 0:
                 fates[name] = replace(fate, codec=compress)
     if fates[SAVED].codec == "fp8":
         fates.setdefault(_ATTENTION, replace(fates[SAVED], codec=None))

@@ -239,15 +239,14 @@ class _Pricing:
         for number, bytes_of in zip(stage_passes(self.job, stage), layers, strict=True):
             times, again = self.model.layer(number), self._again(number, bytes_of)
             _add(kinds, times.forward, times.backward, times.weight)
+            coding = bytes_of.packed / self.model.hardware.hbm  # and as much to read codes
             kinds["recompute"] += again
-            forward += times.forward.total
-            backward += times.backward.total + again
+            kinds["elementwise"] += 2 * coding
+            ahead, behind = times.forward.total + coding, times.backward.total + coding + again
+            forward += ahead
+            backward += behind
             weight += times.weight.total
-            copied.append(
-                CopiedLayer(
-                    times.forward.total, times.backward.total + times.weight.total + again, float(bytes_of.host)
-                )
-            )
+            copied.append(CopiedLayer(ahead, behind + times.weight.total, float(bytes_of.host)))
         waits = self._waits(stage, copied)
         kinds["exposed_copies"] += waits.forward + waits.backward
         forward, backward = forward + waits.forward, backward + waits.backward

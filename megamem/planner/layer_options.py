@@ -1,25 +1,29 @@
-"""The options that change what layers save, whatever becomes of it: the sections `fp8` and `mlp`."""
+"""The options that change what layers save, or how it travels, whatever becomes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megamem.ir.activation import Codec
 from megamem.ir.job import Job
 from megamem.ir.tiles import automatic_tiles
+from megamem.planner.activations import coded_modules, is_compressed
 from megamem.sections import LowPrecision, Mlp
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """How the layers of a job are run. Either section may be off; both together are refused (`problems`).
+    """How the layers of a job are run. `fp8` and `mlp` may be off; both together are refused (`problems`).
 
     low_precision:  `fp8`, what norms and activation functions save
     mlp:            `mlp`, dense MLPs in tiles of their tokens
+    compress:       `activations.compress`, how what is swapped travels
     """
 
     low_precision: LowPrecision = field(default_factory=LowPrecision)
     mlp: Mlp = field(default_factory=Mlp)
+    compress: Codec = "none"
 
     @property
     def mode(self) -> str:
@@ -40,6 +44,10 @@ class LayerOptions:
     def codes_norms(self) -> bool:
         """Whether inputs of norms are."""
         return self.mode == "all"
+
+    def travels_coded(self, name: str) -> bool:
+        """Whether a tensor, by the module that saves it or the anchor that it is, goes to host memory in 8 bits."""
+        return self.compress != "none" and is_compressed(name, coded_modules(self.low_precision))
 
     def code_bytes(self, rows: int, width: int) -> tuple[int, int]:
         """Bytes of the codes of `rows` rows of `width` neighbours, and of their scales."""
@@ -91,7 +99,7 @@ class LayerOptions:
 
 
 STOCK_LAYERS = LayerOptions()
-"""Both off."""
+"""All off."""
 
 
 def owns_norms(job: Job, number: int) -> bool:

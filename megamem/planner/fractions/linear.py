@@ -105,7 +105,10 @@ class _Programme:
                 self.objective[self.index[key]] += group.layers * value
         limits = self.problem.limits
         cover = group.cover(limits.lag)
-        copied: _Row = {(number, name, _SWAPPED): nbytes for name, nbytes in group.nbytes.items()}
+        for name, seconds in group.coding.items():
+            if (key := (number, name, _SWAPPED)) in self.index:
+                self.objective[self.index[key]] += group.layers * seconds
+        copied: _Row = {(number, name, _SWAPPED): group.away(name) for name in group.nbytes}
         out = {key: nbytes / limits.to_host for key, nbytes in copied.items()}
         self._at_most({**out, (number, "wait", "out"): -1.0}, cover * group.forward - group.moved / limits.to_host)
         back = {key: nbytes / limits.from_host for key, nbytes in copied.items()}
@@ -135,13 +138,13 @@ class _Programme:
         for number, (count, group) in enumerate(zip(moment, groups, strict=True)):
             held += count * group.layers * group.held
             moved += count * group.layers * group.moved
-            for name, nbytes in group.nbytes.items():
+            for name in group.nbytes:
                 kept[number, name, _KEPT] = count * group.layers * group.resident(name)
-                swapped[number, name, _SWAPPED] = count * group.layers * nbytes
+                swapped[number, name, _SWAPPED] = count * group.layers * group.away(name)
         limits = self.problem.limits
         self._at_most(swapped, limits.host - moved)
         for number, group in enumerate(groups):
-            staged = {(number, name, _SWAPPED): group.together(name) for name in group.nbytes}
+            staged = {(number, name, _SWAPPED): group.staged(name) for name in group.nbytes}
             in_flight = {name: (1 + limits.lag) * nbytes for name, nbytes in staged.items()}
             self._at_most({**kept, **in_flight}, limits.device - held - (1 + limits.lag) * group.moved)
             at_work = {**kept, **staged}

@@ -23,7 +23,7 @@ def swap_fraction(group: Group, limits: Limits, *, in_flight: float = 1.0, order
     ordered:    of the outputs of linear layers only
     """
     base = sum(group.nbytes.get(name, 0.0) for name in BASE)
-    others = sum(group.nbytes[name] for name in group.anchors) if ordered else group.nbytes[SAVED]
+    others = sum(group.away(name) for name in group.anchors) if ordered else group.away(SAVED)
     layers = max(1.0, group.layers * in_flight - (0 if ordered else KEPT_LAYERS))
     room = min(limits.to_host * group.forward, limits.host / layers) - base
     if room < 0:

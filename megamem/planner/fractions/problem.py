@@ -38,6 +38,8 @@ class Group:
                 A tensor that is missing cannot be decided on
     seconds:    what recomputing each costs: anchors their product, `saved` the element-wise rest of a replay
     storage:    bytes that a tensor takes where it is kept, if more than its own (a view keeps all of its storage)
+    sent:       bytes that of a tensor travel and lie in host memory, if less than its own (`activations.compress`)
+    coding:     seconds to compress all of a tensor and to get it back, for those that travel so
     tiers:      tensors that may only be `kept`, or only be `swapped`
     of:         layers of the group that this one is a part of; 0: it is whole
     beside:     bytes of a tensor that are never all back while the layer is at work: of an MLP in tiles
@@ -58,6 +60,8 @@ class Group:
     again: float = 0.0
     again_seconds: float = 0.0
     storage: Mapping[str, float] = field(default_factory=dict)
+    sent: Mapping[str, float] = field(default_factory=dict)
+    coding: Mapping[str, float] = field(default_factory=dict)
     beside: Mapping[str, float] = field(default_factory=dict)
     tiers: Mapping[str, str] = field(default_factory=dict)
     of: int = 0
@@ -73,6 +77,15 @@ class Group:
     def resident(self, name: str) -> float:
         """Bytes of a tensor that is kept."""
         return self.storage.get(name, self.nbytes[name])
+
+    def away(self, name: str) -> float:
+        """Bytes of a tensor that travel, and that host memory holds."""
+        return self.sent.get(name, self.nbytes[name])
+
+    def staged(self, name: str) -> float:
+        """Bytes of a tensor that are in device memory at once on its way."""
+        share = 1.0 - self.beside.get(name, 0.0) / self.nbytes[name] if self.nbytes[name] else 0.0
+        return self.away(name) * share
 
     def together(self, name: str) -> float:
         """Bytes of a tensor that are there at once when it is back."""
@@ -159,7 +172,12 @@ def kept_bytes(group: Group, shares: Shares) -> float:
 
 def swapped_bytes(group: Group, shares: Shares) -> float:
     """Bytes of one layer and microbatch in host memory."""
-    return group.moved + sum(group.nbytes[name] * share for name, share in shares.swapped.items())
+    return group.moved + sum(group.away(name) * share for name, share in shares.swapped.items())
+
+
+def coding(group: Group, shares: Shares) -> float:
+    """Seconds that one layer takes to compress what travels, and to get it back."""
+    return sum(seconds * shares.swapped.get(name, 0.0) for name, seconds in group.coding.items())
 
 
 def waits(group: Group, limits: Limits, shares: Shares) -> float:
@@ -177,9 +195,9 @@ def experts_again(problem: Problem) -> float:
 
 
 def cost(problem: Problem, shares: tuple[Shares, ...]) -> float:
-    """Seconds per microbatch: recomputation and waits of all layers."""
+    """Seconds per microbatch: recomputation, codecs and waits of all layers."""
     return sum(
-        group.layers * (recomputation(group, one) + waits(group, problem.limits, one))
+        group.layers * (recomputation(group, one) + coding(group, one) + waits(group, problem.limits, one))
         for group, one in zip(problem.groups, shares, strict=True)
     )
 
@@ -208,7 +226,7 @@ def device_bytes(problem: Problem, shares: tuple[Shares, ...]) -> float:
     for moment in problem.moments:
         kept = sum(count * g.layers * kept_bytes(g, s) for count, (g, s) in zip(moment, pairs, strict=True))
         for group, one in pairs:
-            copied = group.moved + sum(group.together(name) * share for name, share in one.swapped.items())
+            copied = group.moved + sum(group.staged(name) * share for name, share in one.swapped.items())
             most = max(most, kept + (1 + lag) * copied, kept + at_work_bytes(group, one) + copied)
     return most
 

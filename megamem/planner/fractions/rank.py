@@ -15,7 +15,7 @@ from megamem.planner.fractions.linear import solve
 from megamem.planner.fractions.problem import Group, Limits, Problem
 from megamem.planner.fractions.table import realise, rows_of
 from megamem.planner.memory.activations import ActivationMemory
-from megamem.planner.memory.inventory import storage_bytes
+from megamem.planner.memory.inventory import Anchor, Saved, storage_bytes
 from megamem.planner.memory.parameters import stage_layers
 
 Fates = dict[str, Fate]
@@ -88,6 +88,7 @@ def _group(model: Model, memory: ActivationMemory, numbers: Sequence[int], *, un
     anchors = {anchor.name: float(anchor.nbytes) for anchor in kind.anchors}
     if model.options.codes_activations and "fc1" in anchors:  # stored in its place
         anchors["fc1"] = float(sum(one.nbytes for one in rest if one.name == CODED))
+    sent, coding = _in_codes(model, kind.anchors, rest)
     tiled = float(sum(one.nbytes for one in rest if one.tiled))
     away = max(0.0, 1.0 - 2.0 / kind.tiles) if kind.tiles else 0.0
     return Group(
@@ -102,8 +103,25 @@ def _group(model: Model, memory: ActivationMemory, numbers: Sequence[int], *, un
         backward=times.backward.total + times.again + (times.weight.total if undivided else 0.0),
         held=float(storage_bytes(one for one in kind.tensors if one.routed)),
         storage={SAVED: float(storage_bytes(rest))},
+        sent=sent,
+        coding=coding,
         beside={SAVED: away * tiled, "fc1": away * anchors.get("fc1", 0.0)} if tiled else {},
     )
+
+
+def _in_codes(
+    model: Model, anchors: Sequence[Anchor], rest: Sequence[Saved]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """With `activations.compress` the bytes of `saved` and anchors that travel, and the seconds of codecs both ways."""
+    travels = model.options.travels_coded
+    coded = [one for one in rest if one.coded and travels(one.name)]
+    sizes = {one.name: (one.nbytes, one.coded) for one in anchors if travels(one.name)}
+    if coded:
+        sizes[SAVED] = sum(one.nbytes for one in coded), sum(one.coded for one in coded)
+    sent = {name: float(codes) for name, (_, codes) in sizes.items()}
+    if coded:
+        sent[SAVED] += sum(one.nbytes for one in rest) - sizes[SAVED][0]
+    return sent, {name: 2 * sum(pair) / model.hardware.hbm for name, pair in sizes.items()}
 
 
 def _with_experts(group: Group, moved: float, seconds: float, experts: ExpertFate) -> Group:

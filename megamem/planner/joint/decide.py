@@ -67,8 +67,8 @@ def _problems(config: Config, job: Job) -> list[str]:
 
 
 def options_of(config: Config) -> LayerOptions:
-    """The sections that change what layers save."""
-    return LayerOptions(low_precision=config.fp8, mlp=config.mlp)
+    """The options that change what layers save, and how it travels."""
+    return LayerOptions(low_precision=config.fp8, mlp=config.mlp, compress=config.activations.compress)
 
 
 def wishes_of(config: Config, hardware: Hardware, host: float | None = None) -> Wishes:

@@ -277,7 +277,8 @@ def _or_simpler(model: Model, wishes: Wishes, found: Settled) -> Settled:
     if not found.activations.is_on:
         return found
     for options in ONE_FRACTION.values():
-        options = replace(options, experts=found.activations.experts)
+        compress = "none" if options.policy == "recompute" else model.options.compress
+        options = replace(options, experts=found.activations.experts, compress=compress)
         try:
             simple = _with_wishes(model, found.frame, replace(wishes, activations=options))
         except InfeasibleError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megamem.errors import InfeasibleError
-from megamem.ir.activation import ANCHORS, BASE, SAVED, ActivationPlan, Fate
+from megamem.ir.activation import ANCHORS, BASE, SAVED, ActivationPlan, Codec, Fate
 from megamem.ir.job import Job
 from megamem.ir.schedule import Barriers, Schedule
 from megamem.planner.activations import CODED, plan_activations
@@ -280,10 +280,11 @@ def _once(model: Model, frame: Frame, budget: Sequence[float], every: int, exper
         fates |= found
         seconds.append(spent)
         best.append(least)
-    activations = section_of(fates, every, 0.0, experts)
+    compress = model.options.compress
+    activations = section_of(fates, every, 0.0, experts, compress)
     plan = plan_activations(activations, model.job.model.num_layers, model.options.low_precision)
     priced = model.price(frame.setup(plan))
-    activations = section_of(fates, every, priced.host, experts)
+    activations = section_of(fates, every, priced.host, experts, compress)
     return Settled(
         frame=frame,
         activations=activations,
@@ -304,7 +305,9 @@ def _computing(priced: Priced) -> tuple[float, ...]:
     )
 
 
-def section_of(fates: dict[int, Fates], every: int, host: float, experts: ExpertFate = "keep") -> Activations:
+def section_of(
+    fates: dict[int, Fates], every: int, host: float, experts: ExpertFate = "keep", compress: Codec = "none"
+) -> Activations:
     """The `activations` section that gives each layer its fates; `host` bytes of host memory are needed."""
     rows: dict[tuple[tuple[str, Fate], ...], list[int]] = {}
     order = (*BASE, *ANCHORS, CODED, SAVED)
@@ -316,7 +319,7 @@ def section_of(fates: dict[int, Fates], every: int, host: float, experts: Expert
     swaps = swaps or experts == "swap"
     settings: dict[str, object] = {"table": table, "residual_every": every, "experts": experts}
     if swaps:
-        settings |= {"keep_last_layers": 0}
+        settings |= {"keep_last_layers": 0, "compress": compress}
     if host:
         settings["host_memory"] = -(-int(host * _MARGIN) // (1 << 26)) << 26
     return Activations(policy="ordered" if swaps else "recompute", **settings)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megamem.ir.plan import Alternative
 from megamem.planner.joint.layout import LayoutPlan, Wishes, settled_with
@@ -27,11 +28,11 @@ def unasked(planned: LayoutPlan, wishes: Wishes, step: float) -> Iterator[Altern
         found = settled_with(planned, wishes, options)
         if found is None:
             continue
-        left_alone = type(planned.model)(planned.job, planned.model.hardware, planned.model.limit, options)
-        less = planned.model.price(frame.setup(None)).peak - left_alone.price(frame.setup(None)).peak
-        name, value = ("mlp.tiles", str(options.mlp.tiles)) if options.mlp.is_on else ("fp8", options.mode)
-        option = name if options.mlp.is_on else "fp8.saved_activations"
+        name, option, value = _named(options)
         flag = f"--megamem-{option.replace('.', '-').replace('_', '-')} {value}"
+        if options.compress != "none":
+            flag = f"--megamem-activations-policy auto {flag}"
+        saving = "" if options.compress != "none" else f", {_saved(planned, options) / _GIB:.1f} GiB less left alone"
         faster = f"{100 * (1 - found.priced.step_seconds / best.priced.step_seconds):.1f} % faster"
         yield Alternative(
             name=f"{name} {value}",
@@ -39,12 +40,30 @@ def unasked(planned: LayoutPlan, wishes: Wishes, step: float) -> Iterator[Altern
             peak_memory=found.priced.peak,
             host_memory=found.priced.host,
             fits=found.priced.fits(frame.host),
-            verdict=f"{faster}, {less / _GIB:.1f} GiB less left alone; not chosen: {why}; add {flag}",
+            verdict=f"{faster}{saving}; not chosen: {why}; add {flag}",
             settings={option: value},
         )
 
 
+def _named(options: LayerOptions) -> tuple[str, str, str]:
+    """A short name, the option, its value."""
+    if options.compress != "none":
+        return "compress", "activations.compress", options.compress
+    if options.mlp.is_on:
+        return "mlp.tiles", "mlp.tiles", str(options.mlp.tiles)
+    return "fp8", "fp8.saved_activations", options.mode
+
+
+def _saved(planned: LayoutPlan, options: LayerOptions) -> float:
+    """Bytes of the fullest rank that layers do not hold with these options, all else left alone."""
+    model, setup = planned.model, planned.best.frame.setup(None)
+    other = type(model)(planned.job, model.hardware, model.limit, options)
+    return model.price(setup).peak - other.price(setup).peak
+
+
 def _options(planned: LayoutPlan, wishes: Wishes) -> Iterator[tuple[LayerOptions, str]]:
+    if wishes.options.compress == "none" and planned.best.activations.policy in ("memo", "ordered"):
+        yield replace(wishes.options, compress="fp8"), "gradients carry the error of 8 bits"
     for mode, why in _MODES.items():
         yield LayerOptions(low_precision=LowPrecision(saved_activations=mode)), why  # type: ignore[arg-type]
     if not (wishes.weighs_tiles or planned.model.options.mlp.is_on):

@@ -16,7 +16,7 @@ from dataclasses import replace
 from megamem.ir.activation import BASE
 from megamem.ir.job import Job
 from megamem.planner.layer_options import LayerOptions, owns_first_norm, owns_second_norm
-from megamem.planner.memory.inventory import Saved, Storage
+from megamem.planner.memory.inventory import Saved, Storage, code_bytes
 
 _CORE = "self_attention.core_attention"
 _NORMS = {"x": "input_layernorm", "x1": "pre_mlp_layernorm"}
@@ -73,8 +73,9 @@ class _Rebuilt:
         elif part.startswith("statistics"):
             yield replace(one, nbytes=4 * job.tokens, storage=Storage(name=one.storage.name, nbytes=4 * job.tokens))
         elif part == "input" and source != "x":
-            nbytes = job.tokens * job.model.hidden_size * job.itemsize
-            yield replace(one, nbytes=nbytes, storage=Storage(name=source, nbytes=nbytes))
+            elements = job.tokens * job.model.hidden_size
+            nbytes = elements * job.itemsize
+            yield replace(one, nbytes=nbytes, storage=Storage(name=source, nbytes=nbytes), coded=code_bytes(elements))
 
     def _activation_input(self, one: Saved, place: str) -> Iterator[Saved]:
         """The whole output of fc1; its codes and scales; or two bits of each number."""
@@ -87,7 +88,8 @@ class _Rebuilt:
         else:
             parts = {"fc1": nbytes}
         for part, size in parts.items():
-            yield replace(one, nbytes=size, storage=Storage(name=f"{place} {part}", nbytes=size))
+            coded = code_bytes(size // self.job.itemsize) if part == "fc1" else 0
+            yield replace(one, nbytes=size, storage=Storage(name=f"{place} {part}", nbytes=size), coded=coded)
 
     def _width(self, place: str) -> int:
         """Neighbours that share scales: the numbers of one half of fc1's output."""
@@ -105,7 +107,7 @@ class _Rebuilt:
         name = _NORMS[one.storage.name]
         for part, size in (("codes", codes), ("scales", scales)):
             storage = Storage(name=f"{name} {part}", nbytes=size)
-            yield replace(one, name=name, nbytes=size, storage=storage, rebuilt=True)
+            yield replace(one, name=name, nbytes=size, storage=storage, rebuilt=True, coded=0)
         if one.name in BASE:
             yield replace(one, on_demand=True)
 
@@ -119,7 +121,11 @@ def _in_tiles(tensors: list[Saved], job: Job) -> Iterator[Saved]:
         if is_of_norm:
             inside += one.nbytes
         elif one.storage.name == "mlp fc1":
-            nbytes = one.storage.nbytes + inside
-            yield replace(one, nbytes=nbytes, storage=Storage(name="mlp tiles", nbytes=nbytes), tiled=True)
+            whole = one.storage.nbytes
+            storage, coded = (
+                Storage(name="mlp tiles", nbytes=whole + inside),
+                code_bytes(whole // job.itemsize) + inside,
+            )
+            yield replace(one, nbytes=whole + inside, storage=storage, tiled=True, coded=coded)
         elif not one.storage.name.startswith("mlp "):
             yield replace(one, name="mlp.linear_fc1") if fused_norm and one.storage.name == "x1" else one

@@ -24,6 +24,8 @@ from megamem.ir.job import Job
 from megamem.planner.memory.parameters import kv_width, padded_vocabulary
 
 _FP32, _INT64 = 4, 8
+_GROUP = 128  # numbers that share a scale
+LEAST_WIDTH = 16  # numbers of a token; fewer are statistics, which no codec takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Saved:
     tiled:      whether it is kept tile by tile, by an MLP that runs in tiles
     on_demand:  whether it is not saved, but kept where replays need it
     shared:     whether all layers of a stage save the same one, which the engine leaves where it is
+    coded:      bytes in 8 bits, with a scale for 128 neighbours; 0: no codec takes it
     """
 
     name: str
@@ -58,20 +61,33 @@ class Saved:
     tiled: bool = False
     on_demand: bool = False
     shared: bool = False
+    coded: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """A module output that can be stored so that a replay need not run its GEMM: bytes, and FLOPs of the GEMM."""
+    """A module output that can be stored so that a replay need not run its GEMM: bytes, and FLOPs of the GEMM.
+
+    coded: bytes in 8 bits
+    """
 
     name: str
     nbytes: int
     flops: float
+    coded: int = 0
 
 
 def saved_tensors(job: Job, number: int) -> tuple[Saved, ...]:
     """What layer `number` (from 1) saves on one rank in one microbatch."""
     return tuple(_Layer(job, number).tensors())
+
+
+def code_bytes(elements: int, width: int = _GROUP) -> int:
+    """Of so many numbers in 8 bits, with an fp32 scale for every 128 of a row (`runtime.activations.codec`).
+
+    width: of a row; a row that is no multiple of 128 has one scale more
+    """
+    return elements + 4 * (-(-elements // width) * -(-width // _GROUP))
 
 
 def storage_bytes(tensors: Iterable[Saved]) -> int:
@@ -142,11 +158,23 @@ class _Layer:
         self.is_moe = model.is_moe(number)
 
     def _saved(
-        self, name: str, elements: int, storage: str, *, itemsize: int = 0, keeps: int = 0, **more: Any
+        self,
+        name: str,
+        elements: int,
+        storage: str,
+        *,
+        itemsize: int = 0,
+        keeps: int = 0,
+        width: int = _GROUP,
+        **more: Any,
     ) -> Saved:
         """A tensor in the storage of this name, of which it keeps `keeps` bytes: its own, unless said otherwise."""
         nbytes = elements * (itemsize or self.size)
-        return Saved(name=name, nbytes=nbytes, storage=Storage(name=storage, nbytes=keeps or nbytes), **more)
+        is_activation = not itemsize and elements >= LEAST_WIDTH * self.tokens
+        coded = code_bytes(elements, width) if is_activation else 0
+        return Saved(
+            name=name, nbytes=nbytes, storage=Storage(name=storage, nbytes=keeps or nbytes), coded=coded, **more
+        )
 
     def tensors(self) -> list[Saved]:
         """In the order in which the layer saves them."""
@@ -243,7 +271,8 @@ class _Layer:
                     found.append(self._saved(path, elements, f"{name} normalised", itemsize=_FP32, anchor="qkv"))
                 found += self._statistics(path, elements // model.kv_channels, anchor="qkv")
         if not self.kernels.fused_rope and model.position == "rope":  # cosine and sine, for query and key
-            found += [self._saved("self_attention", self.sequence * model.kv_channels, f"rotary {i}") for i in range(4)]
+            angles, width = self.sequence * model.kv_channels, model.kv_channels
+            found += [self._saved("self_attention", angles, f"rotary {i}", width=width) for i in range(4)]
         changed = model.qk_layernorm or model.position == "rope"
         inputs = [
             ("key", self.key, not changed),
@@ -332,13 +361,16 @@ class _Layer:
         found = []
         if self.model.latent is None:
             flops = 2.0 * self.inside * hidden * mixed
-            found.append(Anchor(name="qkv", nbytes=self.inside * mixed * size, flops=flops))
+            elements = self.inside * mixed
+            found.append(Anchor(name="qkv", nbytes=elements * size, flops=flops, coded=code_bytes(elements)))
         flops = 2.0 * self.inside * hidden * self.output
-        found.append(Anchor(name="projection", nbytes=self.tokens * hidden * size, flops=flops))
+        elements = self.tokens * hidden
+        found.append(Anchor(name="projection", nbytes=elements * size, flops=flops, coded=code_bytes(elements)))
         if not self.is_moe:
             width = self.gates * self.model.ffn_hidden_size // self.tensor
             flops = 2.0 * self.inside * hidden * width
-            found.append(Anchor(name="fc1", nbytes=self.inside * width * size, flops=flops))
+            elements = self.inside * width
+            found.append(Anchor(name="fc1", nbytes=elements * size, flops=flops, coded=code_bytes(elements)))
         return tuple(found)
 
     def weight_gradient_bytes(self, *, tiles: int = 0) -> int:

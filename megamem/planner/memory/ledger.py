@@ -13,7 +13,7 @@ will measure. The rules that decide the moments, each with its place in the runt
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from megamem.ir.activation import BASE, EXPERTS, Fate, LayerRule
@@ -30,7 +30,8 @@ class LayerBytes:
     """One layer of one microbatch.
 
     kept:       stays in device memory until the backward pass
-    base, rest: travel to host memory, in one parcel or in two (`base` apart where the next layer may ask for it)
+    base, rest: travel to host memory, in one parcel or in two (`base` apart where the next layer may ask for it); what
+                is compressed on the way counts as its codes, here and in `tiles`
     experts:    of the experts, in a parcel of their own
     tiles:      of an MLP in tiles, in a parcel for each, in order
     back:       what was away, once it is all back for the backward pass
@@ -39,6 +40,7 @@ class LayerBytes:
     weight_gradients:  what W still needs after B
     stores_input:      False where the input is rebuilt from the layer before
     begins:     its input is no layer's output: a layer of multi-token prediction
+    packed:     read and written to compress what travels, and again when it is back
     """
 
     kept: int
@@ -52,6 +54,7 @@ class LayerBytes:
     weight_gradients: int = 0
     stores_input: bool = True
     begins: bool = False
+    packed: int = 0
 
     @property
     def host(self) -> int:
@@ -85,7 +88,7 @@ def layer_bytes(
     if rule.untouched:
         return untouched_bytes(tensors)
     kept: list[Saved] = []
-    clones = base = rest = back = 0
+    clones = base = rest = back = packed = 0
     misses = False
     first = tokens  # the first token that is replayed, and so the first of which anchors are stored
     for tensor in (one for one in tensors if not (one.routed or one.tiled or one.on_demand)):
@@ -101,7 +104,8 @@ def layer_bytes(
         misses = misses or stored < tokens
         first = min(first, stored)
         back += tensor.nbytes
-        nbytes = tensor.nbytes * stored // tokens
+        nbytes, touched = _stored(tensor, fate, stored, tokens)
+        packed += touched
         if fate.tier == "hbm":
             clones += nbytes
         elif base_apart and tensor.name in BASE:
@@ -111,17 +115,20 @@ def layer_bytes(
     for tensor in tensors:
         if tensor.on_demand and stores_input and (misses or base_apart):
             stays = rule.fates[tensor.name].tier == "hbm" or input_is_held
+            nbytes, touched = (tensor.nbytes, 0) if stays else _stored(tensor, rule.fates[tensor.name], tokens, tokens)
+            packed += touched
             clones, base, rest = (
-                clones + tensor.nbytes * stays,
-                base + tensor.nbytes * (base_apart and not stays),
-                rest + tensor.nbytes * (not base_apart and not stays),
+                clones + nbytes * stays,
+                base + nbytes * (base_apart and not stays),
+                rest + nbytes * (not base_apart and not stays),
             )
-    in_tiles, tiles = _tiles(tensors, rule, tokens, num_tiles)
+    in_tiles, tiles, of_tiles = _tiles(tensors, rule, tokens, num_tiles)
     for anchor in anchors if misses else ():
         if num_tiles and anchor.name == "fc1":
             continue  # no replay looks into the MLP
         fate = rule.fates[anchor.name]
-        nbytes = anchor.nbytes * max(0, fate.num_tokens(tokens) - first) // tokens
+        nbytes, touched = _stored(anchor, fate, max(0, fate.num_tokens(tokens) - first), tokens)
+        packed += touched
         clones, rest = (clones + nbytes, rest) if fate.tier == "hbm" else (clones, rest + nbytes)
     experts = sum(tensor.nbytes for tensor in tensors if tensor.routed)
     goes = rule.fates[EXPERTS].tier == "host" and rule.fates[EXPERTS].fraction > 0
@@ -134,23 +141,36 @@ def layer_bytes(
         back=back + (experts if goes else 0),
         routed=0 if goes else storage_bytes(tensor for tensor in tensors if tensor.routed),
         stores_input=stores_input,
+        packed=packed + of_tiles,
     )
 
 
-def _tiles(tensors: Sequence[Saved], rule: LayerRule, tokens: int, num_tiles: int) -> tuple[int, tuple[int, ...]]:
-    """What tiles of the MLP keep in device memory, and the parcels that they send to host memory.
+def _stored(tensor: Saved | Anchor, fate: Fate, stored: int, tokens: int) -> tuple[int, int]:
+    """Of `stored` tokens the bytes as they are stored, and those that a codec reads and writes for it."""
+    nbytes = tensor.nbytes * stored // tokens
+    if fate.codec != "fp8" or not tensor.coded:
+        return nbytes, 0
+    codes = tensor.coded * stored // tokens
+    return codes, nbytes + codes
+
+
+def _tiles(tensors: Sequence[Saved], rule: LayerRule, tokens: int, num_tiles: int) -> tuple[int, tuple[int, ...], int]:
+    """What tiles of the MLP keep in device memory, the parcels that they send to host memory, and what is packed.
 
     The same numbers have two names in a rule; the larger share counts (`runtime.activations.shelf`).
     """
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor.tiled)
     if not nbytes:
-        return 0, ()
+        return 0, (), 0
     fate = fate_of_tiles(rule)
     stored = fate.num_tokens(tokens)
     if fate.tier == "hbm":
-        return nbytes * stored // tokens, ()
+        return nbytes * stored // tokens, (), 0
+    is_coded = fate.codec == "fp8"
+    sent = sum(tensor.coded for tensor in tensors if tensor.tiled) if is_coded else nbytes
     cuts = [(start, stop) for start, stop in spans(tokens, num_tiles, stored) if stop <= stored]
-    return 0, tuple(nbytes * (stop - start) // tokens for start, stop in cuts)
+    parcels = tuple(sent * (stop - start) // tokens for start, stop in cuts)
+    return 0, parcels, (nbytes * stored // tokens + sum(parcels)) if is_coded else 0
 
 
 def fate_of_tiles(rule: LayerRule) -> Fate:
@@ -165,7 +185,8 @@ def _fate(tensor: Saved, rule: LayerRule) -> Fate:
     fate = rule.fate_of(tensor.name)
     if tensor.rebuilt:
         return fate
-    return rule.fates["attention_output"] if tensor.name == _ATTENTION or not fate.fraction else fate
+    is_scratch = tensor.name == _ATTENTION or not fate.fraction
+    return replace(rule.fates["attention_output"], codec=None) if is_scratch else fate
 
 
 @dataclass(slots=True)
