@@ -192,3 +192,18 @@ def test_codes_are_named_where_memory_costs_time_and_where_nothing_fits(capsys: 
     assert "% faster" in coded["verdict"] and "GiB less left alone" in coded["verdict"]
     assert main([*TIGHT, "--activations", "off", "--device-memory", "130GiB"]) == 2
     assert "--megamem-fp8-saved-activations mlp it fits" in capsys.readouterr().err
+
+
+def test_compression_that_is_asked_for_is_priced_and_else_named(capsys: pytest.CaptureFixture[str]) -> None:
+    short = (*TIGHT, "--tensor-model-parallel-size", "1", "--context-parallel-size", "8", "--host-memory", "64GiB")
+    plain = planned(capsys, *short)
+    asked = ("--megamem-activations-policy", "auto", "--megamem-activations-compress", "fp8")
+    coded = planned(capsys, *short, *asked)
+    assert plain["activations"]["compress"] == "none" and coded["activations"]["compress"] == "fp8"
+    assert coded["predicted"]["step_seconds"] < plain["predicted"]["step_seconds"]
+    reasons = [one["reason"] for one in coded["predicted"]["decisions"] if one["subject"].startswith("fc1")]
+    assert any("in 8 bits" in reason for reason in reasons)
+    (named,) = [one for one in plain["predicted"]["alternatives"] if one["name"] == "compress fp8"]
+    assert "faster; not chosen: gradients carry the error of 8 bits; add " + " ".join(asked) in named["verdict"]
+    # Where computing covers all copies, codes would only take time.
+    assert "compress fp8" not in str(planned(capsys, *short[:-2])["predicted"]["alternatives"])

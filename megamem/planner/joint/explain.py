@@ -287,7 +287,9 @@ def _reason(model: Model, name: str, fates: Mapping[str, Fate], size: tuple[int,
         return f"{rate}, {link}; memory is better spent on what is denser"
     if fate.tier == "hbm":
         return f"{rate}; there is device memory for it"
-    return f"{rate}, {link}; " + ("copies hide behind computing" if hidden else "waiting for it costs less still")
+    coded = model.options.compress != "none" and name in (SAVED, "fc1")
+    how = "in 8 bits; " if coded and not model.options.codes_activations else ""
+    return f"{rate}, {link}; {how}" + ("copies hide behind computing" if hidden else "waiting for it costs less still")
 
 
 def _rate(bytes_per_second: float) -> str:

@@ -31,7 +31,7 @@ GIB = float(1 << 30)
 
 
 def random_problem(seed: int, groups: int | None = None) -> Problem:
-    draw, of_experts = random.Random(seed), random.Random(-seed)
+    draw, of_experts, of_codes = random.Random(seed), random.Random(-seed), random.Random(seed + 0.5)
     made = []
     for _ in range(groups or draw.choice((1, 1, 2, 3))):
         anchors = {name: draw.uniform(0.5, 8) * GIB for name in ("qkv", "projection", "fc1")}
@@ -47,6 +47,7 @@ def random_problem(seed: int, groups: int | None = None) -> Problem:
                 backward=draw.uniform(0.4, 6),
                 # What experts save is not decided on by tokens: it stays, travels, or is made again.
                 **of_experts.choice(({}, {}, {"held": GIB}, {"moved": 2 * GIB}, {"again": GIB})),
+                **of_codes.choice(({}, _compressed(saved, anchors["fc1"]))),
             )
         )
     total = sum(group.layers * whole_bytes(group) for group in made)
@@ -59,6 +60,11 @@ def random_problem(seed: int, groups: int | None = None) -> Problem:
     )
     moments = tuple(tuple(float(draw.randint(1, 4)) for _ in made) for _ in range(draw.randint(1, 2)))
     return Problem(groups=tuple(made), limits=limits, moments=moments)
+
+
+def _compressed(saved: float, fc1: float) -> dict[str, dict[str, float]]:
+    """`activations.compress`: half the bytes of two tensors, for some seconds."""
+    return {"sent": {"saved": 0.7 * saved, "fc1": 0.52 * fc1}, "coding": {"saved": 0.01 * saved / GIB, "fc1": 0.02}}
 
 
 def work(problem: Problem) -> float:
