@@ -407,14 +407,15 @@ class _Pricing:
 
     def _space(self, kind: str, rank: int, chunk: int) -> tuple[int, int]:
         """Bytes that an action holds besides what layers save: of the output layer, and working space."""
+        words = self.model.options.loss_chunk
         if kind in ("S", "T"):
-            return output_bytes(self.job, fused=True, shards=self.placement.num_ranks), 0
+            return output_bytes(self.job, fused=True, shards=self.placement.num_ranks, chunk=words), 0
         stage = self.placement.stage(rank, chunk)
         numbers = stage_layers(self.job, stage)
         pairs = [self.model.transients(number) for number in (*numbers[:1], *numbers[-1:])]
         space = max((pair[0 if kind == "F" else 1] for pair in pairs), default=0)
         if stage == self.last and self.setup.barriers is None:
-            return output_bytes(self.job, fused=self.setup.fused_loss), space
+            return output_bytes(self.job, fused=self.setup.fused_loss, chunk=words), space
         return 0, space
 
     def _traffic(self, books: Sequence[Book], stages: Sequence[StageTime]) -> Traffic:

@@ -1,4 +1,4 @@
-"""The options that change what layers save, or how it travels, whatever becomes of it."""
+"""The options that change what layers and the loss hold, or how it travels, whatever becomes of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class LayerOptions:
     low_precision:  `fp8`, what norms and activation functions save
     mlp:            `mlp`, dense MLPs in tiles of their tokens
     compress:       `activations.compress`, how what is swapped travels
+    loss_chunk:     `vocabulary.loss_chunk`, entries of the vocabulary at a time; 0: chosen automatically
     """
 
     low_precision: LowPrecision = field(default_factory=LowPrecision)
     mlp: Mlp = field(default_factory=Mlp)
     compress: Codec = "none"
+    loss_chunk: int = 0
 
     @property
     def mode(self) -> str:

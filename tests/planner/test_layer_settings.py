@@ -207,3 +207,21 @@ def test_compression_that_is_asked_for_is_priced_and_else_named(capsys: pytest.C
     assert "faster; not chosen: gradients carry the error of 8 bits; add " + " ".join(asked) in named["verdict"]
     # Where computing covers all copies, codes would only take time.
     assert "compress fp8" not in str(planned(capsys, *short[:-2])["predicted"]["alternatives"])
+
+
+def test_a_chunk_of_the_loss_that_is_asked_for_is_priced(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = (
+        "--tensor-model-parallel-size",
+        "1",
+        "--context-parallel-size",
+        "8",
+        "--megamem-vocabulary-fused-loss",
+        "true",
+    )
+    sizes = []
+    for chunk in ("4096", "16384"):
+        plan = planned(capsys, *TIGHT, *layout, "--megamem-vocabulary-loss-chunk", chunk)
+        assert plan["vocabulary"]["loss_chunk"] == int(chunk)
+        sizes.append(plan["predicted"]["memory"][0]["kinds"]["output_layer"])
+    tokens = (256 << 10) // 8
+    assert sizes[1] - sizes[0] == tokens * (16384 - 4096) * 6  # logits in bf16, and in fp32 for their gradient

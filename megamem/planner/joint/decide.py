@@ -68,7 +68,13 @@ def _problems(config: Config, job: Job) -> list[str]:
 
 def options_of(config: Config) -> LayerOptions:
     """The options that change what layers save, and how it travels."""
-    return LayerOptions(low_precision=config.fp8, mlp=config.mlp, compress=config.activations.compress)
+    chunk = config.vocabulary.loss_chunk
+    return LayerOptions(
+        low_precision=config.fp8,
+        mlp=config.mlp,
+        compress=config.activations.compress,
+        loss_chunk=0 if chunk == "auto" else chunk,
+    )
 
 
 def wishes_of(config: Config, hardware: Hardware, host: float | None = None) -> Wishes:

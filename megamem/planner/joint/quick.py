@@ -151,7 +151,7 @@ class Quick:
                 for number in numbers[: -(-len(numbers) // shape.chunks)]
             )
         if rank == self.ranks - 1:
-            besides += output_bytes(self.job, fused=True)
+            besides += output_bytes(self.job, fused=True, chunk=self.model.options.loss_chunk)
         device = self.room(rank, besides)
         to_host, from_host = self.model.rates
         limits = Limits(device=device, host=host, to_host=to_host, from_host=from_host)

@@ -131,11 +131,12 @@ class Budget:
 
     def _output(self, rank: int) -> float:
         placement, job = self.frame.schedule.placement, self.model.job
+        chunk = self.model.options.loss_chunk
         if self.frame.barriers is not None:
-            return output_bytes(job, fused=True, shards=placement.num_ranks)
+            return output_bytes(job, fused=True, shards=placement.num_ranks, chunk=chunk)
         last = placement.num_stages - 1
         owns = any(placement.stage(rank, chunk) == last for chunk in range(placement.num_chunks))
-        return output_bytes(job, fused=self.frame.fused_loss) if owns else 0.0
+        return output_bytes(job, fused=self.frame.fused_loss, chunk=chunk) if owns else 0.0
 
     def _waiting(self, stage: int) -> float:
         job, options = self.model.job, self.model.options

@@ -65,6 +65,7 @@ def _options(planned: LayoutPlan, wishes: Wishes) -> Iterator[tuple[LayerOptions
     if wishes.options.compress == "none" and planned.best.activations.policy in ("memo", "ordered"):
         yield replace(wishes.options, compress="fp8"), "gradients carry the error of 8 bits"
     for mode, why in _MODES.items():
-        yield LayerOptions(low_precision=LowPrecision(saved_activations=mode)), why  # type: ignore[arg-type]
+        low_precision = LowPrecision(saved_activations=mode)  # type: ignore[arg-type]
+        yield replace(wishes.options, low_precision=low_precision, mlp=Mlp()), why
     if not (wishes.weighs_tiles or planned.model.options.mlp.is_on):
-        yield LayerOptions(mlp=Mlp(tiles="auto")), "mlp was left off"
+        yield replace(wishes.options, mlp=Mlp(tiles="auto")), "mlp was left off"

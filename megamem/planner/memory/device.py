@@ -57,8 +57,10 @@ def buffer_bytes(job: Job) -> int:
     return (2 if job.layout.pipeline == 1 else 4) * hidden
 
 
-def output_bytes(job: Job, *, fused: bool, shards: int = 1) -> int:
+def output_bytes(job: Job, *, fused: bool, shards: int = 1, chunk: int = 0) -> int:
     """What the output layer and the loss of one microbatch hold on a rank at most.
+
+    chunk: entries of the vocabulary that the fused loss, or a shared vocabulary, takes at a time; 0: automatic
 
     With multi-token prediction the losses of all depths wait for the backward pass together, and so do the inputs of
     its norms, its projection (twice the hidden size) and the output layer.
@@ -70,7 +72,8 @@ def output_bytes(job: Job, *, fused: bool, shards: int = 1) -> int:
     entries = padded_vocabulary(job.model, parts) // parts
     if not fused and shards == 1:
         return (1 + depths) * tokens * entries * LOGIT_BYTES + frames
-    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // (tokens * job.itemsize)), max(1, entries // 4))
+    automatic = min(max(LEAST_CHUNK, CHUNK_BYTES // (tokens * job.itemsize)), max(1, entries // 4))
+    chunk = min(chunk, entries) or automatic
     return tokens * ((1 + depths) * STATISTICS_BYTES + chunk * LOGIT_BYTES) + frames
 
 
