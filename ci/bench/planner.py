@@ -47,6 +47,21 @@ ONE_LAYOUT = (
     "megamem plan --model llama3-8b --gpus 8 --seq-length 256k --tensor-model-parallel-size 8 "
     "--pipeline-model-parallel-size 1 --context-parallel-size 1 --expert-model-parallel-size 1 --micro-batch-size 1"
 )
+PIPELINED_LAYOUT = (
+    "megamem plan --model llama3-70b --gpus 64 --seq-length 8k --tensor-model-parallel-size 8 "
+    "--pipeline-model-parallel-size 8 --global-batch-size 64"
+)
+DEEP_LAYOUT = (
+    "megamem plan --model deepseek-v3 --gpus 1024 --seq-length 4k --tensor-model-parallel-size 1 "
+    "--pipeline-model-parallel-size 16 --expert-model-parallel-size 64 --global-batch-size 4096"
+)
+TIMED = {
+    "one layout": ONE_LAYOUT,
+    "pipelined layout": PIPELINED_LAYOUT,
+    "deep layout with experts": DEEP_LAYOUT,
+    "1024 GPUs": SEQUENCE_RUNS,
+}
+"""What `speed` runs. The second and the third leave the chunks and microbatches of their layout to the planner."""
 
 
 # -- published ---------------------------------------------------------------------------------------------------------
@@ -328,7 +343,7 @@ def _accelerate(parameters: float) -> Json | str:
 def speed(repetitions: int) -> Json:
     """Processor and wall seconds of whole processes; a busy machine spoils the wall."""
     found = {}
-    for name, command in (("one layout", ONE_LAYOUT), ("1024 GPUs", SEQUENCE_RUNS)):
+    for name, command in TIMED.items():
         words = [sys.executable, "-m", *command.split()]
         spent, wall = [], []
         for _ in range(repetitions):
@@ -362,15 +377,22 @@ def run(arguments: argparse.Namespace) -> Json:
     results["speed"] = speed(1 if arguments.quick else arguments.repetitions)
     results["estimators"] = list(estimators())
     worst = max(rows, key=lambda row: abs(row["error"]))
-    one, many = (results["speed"][name]["cpu_seconds"]["median"] for name in ("one layout", "1024 GPUs"))
+    taken = {name: results["speed"][name]["cpu_seconds"]["median"] for name in TIMED}
+    *single, many = taken.items()
     results["targets"] = [
         {
             "what": f"predicted activation bytes within 3 % of measured ({len(rows)} runs); worst "
             f"{100 * worst['error']:.2f} % ({worst['model']}, {worst['layout']}, {worst['policy']})",
             "met": abs(worst["error"]) <= 0.03,
         },
-        {"what": f"one layout below 1 s: {one:.2f} s of processor time", "met": one < 1},
-        {"what": f"a search over layouts of 1024 GPUs below 30 s: {many:.1f} s of processor time", "met": many < 30},
+        *(
+            {"what": f"{name} below 1 s: {seconds:.2f} s of processor time", "met": seconds < 1}
+            for name, seconds in single
+        ),
+        {
+            "what": f"a search over layouts of 1024 GPUs below 30 s: {many[1]:.1f} s of processor time",
+            "met": many[1] < 30,
+        },
         {
             "what": "published numbers as near as asked",
             "exceptions": [row["what"] for row in results["published"] if not row["met"]],

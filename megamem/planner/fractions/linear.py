@@ -12,7 +12,8 @@ from megamem.planner.fractions.problem import Group, Problem, Shares, Solution, 
 
 _KEPT, _SWAPPED = "kept", "swapped"
 _Row = dict[tuple[int, str, str], float]
-_FEW_GROUPS, _FEW_ROWS = 2, 64  # beyond, HiGHS is faster, its loading included
+_FEW_GROUPS, _FEW_ROWS = 2, 64  # more, and the tensors of one group can stand in for those of another
+_MOST_ROWS = 256  # beyond, HiGHS is faster, its loading included
 
 
 @cache
@@ -24,17 +25,33 @@ def is_available() -> bool:
 def solve(problem: Problem, solver: str = "auto") -> Solution:
     """The shares that cost the least time. Raises InfeasibleError where no shares fit, MissingPackage without scipy.
 
-    solver:  `highs`; `simplex`, which needs nothing and suits problems of a few groups; `auto`: by size
+    solver:  `highs`; `simplex`, which needs nothing, and is faster on all but large problems than loading the other;
+             `auto`: by size, and where there are likely to be many optima `highs`
     """
     programme = _Programme(problem)
     if solver == "auto":
-        is_large = len(problem.groups) > _FEW_GROUPS or len(programme.rows) > _FEW_ROWS
+        is_large = len(programme.rows) > _MOST_ROWS or (len(problem.groups) > _FEW_GROUPS and not _is_settled(problem))
         solver = "highs" if is_large and is_available() else "simplex"
     values = programme.by_simplex() if solver == "simplex" else programme.by_highs()
     if values is None:
         raise InfeasibleError(explain(problem))
     shares = programme.shares(values)
     return Solution(shares=shares, seconds=cost(problem, shares), method=solver)
+
+
+def least_seconds(problem: Problem) -> float:
+    """What the shares of least time cost, whichever they are. Raises InfeasibleError as `solve` does."""
+    return solve(problem, "simplex" if len(_Programme(problem).rows) <= _MOST_ROWS else "auto").seconds
+
+
+def has_many_optima(problem: Problem) -> bool:
+    """Whether there are likely to be several, of which another solver may find another."""
+    return len(_Programme(problem).rows) > _FEW_ROWS and not _is_settled(problem)
+
+
+def _is_settled(problem: Problem) -> bool:
+    """Whether each tensor can go to one tier only."""
+    return all(name in group.tiers for group in problem.groups for name in group.nbytes)
 
 
 def explain(problem: Problem) -> str:

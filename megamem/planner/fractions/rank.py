@@ -11,9 +11,9 @@ from megamem.ir.activation import BASE, RECOMPUTE, SAVED, Fate
 from megamem.ir.schedule import Schedule
 from megamem.planner.activations import CODED
 from megamem.planner.evaluation import Model
-from megamem.planner.fractions.linear import solve
-from megamem.planner.fractions.problem import Group, Limits, Problem
-from megamem.planner.fractions.table import realise, rows_of
+from megamem.planner.fractions.linear import has_many_optima, is_available, solve
+from megamem.planner.fractions.problem import Group, Limits, Problem, Solution
+from megamem.planner.fractions.table import Realised, nearness, realise, rows_of
 from megamem.planner.memory.activations import ActivationMemory
 from megamem.planner.memory.inventory import Anchor, Saved, storage_bytes
 from megamem.planner.memory.parameters import stage_layers
@@ -179,12 +179,27 @@ def fates_of(model: Model, problem: Problem, assigned: Sequence[Assigned]) -> tu
     Raises InfeasibleError.
     """
     best = solve(problem)
-    found = realise(problem, best)
+    found = _realised(problem, best)
     fates: dict[int, Fates] = {}
     for item, parts in zip(assigned, found.parts, strict=True):
         for numbers, row in rows_of(item.numbers, item.group, parts):
             fates |= dict.fromkeys(numbers, _of_codes(row) if model.options.codes_activations else row)
     return fates, found.seconds, best.seconds
+
+
+def _realised(problem: Problem, optimum: Solution) -> Realised:
+    """The better of the tables near two optima, where the first is not near enough: of many, a solver finds any."""
+    has_others = optimum.method == "simplex" and is_available() and has_many_optima(problem)
+    found: Realised | None = None
+    try:
+        found = realise(problem, optimum)
+    except InfeasibleError:
+        if not has_others:
+            raise
+    if found is not None and (not has_others or found.seconds <= optimum.seconds + nearness(problem)):
+        return found
+    other = realise(problem, solve(problem, "highs"))
+    return other if found is None or other.seconds < found.seconds else found
 
 
 def _of_codes(row: Fates) -> Fates:

@@ -60,7 +60,7 @@ class _Tableau:
         """Pivot until no column improves the objective; its value."""
         slopes = [*objective, 0.0]
         for row, place in zip(self.rows, self.basis, strict=True):
-            _subtract(slopes, row, slopes[place])
+            _subtract(slopes, list(enumerate(row)), slopes[place])
         for pivots in range(_MOST):
             entering = self._entering(slopes, bland=pivots > _PATIENCE)
             if entering is None:
@@ -88,10 +88,11 @@ class _Tableau:
     def _pivot(self, index: int, entering: int, slopes: list[float]) -> None:
         scale = self.rows[index][entering]
         pivot = self.rows[index] = [value / scale for value in self.rows[index]]
+        sparse = [(place, value) for place, value in enumerate(pivot) if value]
         for other, row in enumerate(self.rows):
             if other != index and row[entering]:
-                _subtract(row, pivot, row[entering])
-        _subtract(slopes, pivot, slopes[entering])
+                _subtract(row, sparse, row[entering])
+        _subtract(slopes, sparse, slopes[entering])
         self.basis[index] = entering
 
     def drop_artificial(self) -> None:
@@ -112,7 +113,8 @@ class _Tableau:
         return found[:variables]
 
 
-def _subtract(target: list[float], source: Sequence[float], factor: float) -> None:
-    """target -= factor * source, in place."""
+def _subtract(target: list[float], source: Sequence[tuple[int, float]], factor: float) -> None:
+    """target -= factor * source, in place; of the source the places that are not 0."""
     if factor:
-        target[:] = [value - factor * other for value, other in zip(target, source, strict=True)]
+        for place, value in source:
+            target[place] -= factor * value

@@ -42,7 +42,7 @@ class Realised:
 def realise(problem: Problem, optimum: Solution) -> Realised:
     """The best parts with one tier per tensor near the optimum. Raises InfeasibleError where none fits."""
     best: Realised | None = None
-    near = _NEAR * sum(group.layers * (group.forward + group.backward) for group in problem.groups)
+    near = nearness(problem)
     for tries, cut in enumerate(_cuts(problem, optimum)):
         if tries >= _MOST_TRIES:
             break
@@ -57,6 +57,11 @@ def realise(problem: Problem, optimum: Solution) -> Realised:
     if best is None:
         raise InfeasibleError("no table with one tier per tensor fits; give more host or device memory")
     return best
+
+
+def nearness(problem: Problem) -> float:
+    """Seconds per microbatch that make no difference."""
+    return _NEAR * sum(group.layers * (group.forward + group.backward) for group in problem.groups)
 
 
 _Cut = list[list[tuple[int, dict[str, str]]]]

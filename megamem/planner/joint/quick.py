@@ -22,7 +22,7 @@ from megamem.errors import InfeasibleError
 from megamem.ir.activation import SAVED
 from megamem.ir.schedule import Placement, Schedule
 from megamem.planner.evaluation import OPTIMIZER_BYTES, Model
-from megamem.planner.fractions.linear import explain, solve
+from megamem.planner.fractions.linear import explain, least_seconds
 from megamem.planner.fractions.problem import Limits, Problem, experts_again, whole_bytes
 from megamem.planner.fractions.rank import ExpertFate, groups_of, least_over_experts
 from megamem.planner.joint.layout import Wishes
@@ -162,7 +162,7 @@ class Quick:
 
         def cost(experts: ExpertFate) -> float:
             problem = problem_with(experts)
-            return solve(problem).seconds + experts_again(problem)
+            return least_seconds(problem) + experts_again(problem)
 
         kept = problem_with("keep")
         if device <= 0:

@@ -12,7 +12,7 @@ from megamem.ir.job import Job
 from megamem.ir.schedule import Barriers, Schedule
 from megamem.planner.activations import CODED, plan_activations
 from megamem.planner.evaluation import Model, Priced, Setup
-from megamem.planner.fractions.linear import solve
+from megamem.planner.fractions.linear import least_seconds
 from megamem.planner.fractions.problem import all_kept, device_bytes, experts_again
 from megamem.planner.fractions.rank import ExpertFate, Fates, expert_fates, fates_of, least_over_experts, problem_of
 from megamem.planner.fractions.table import text_of
@@ -181,7 +181,7 @@ def _worst(
     worst = 0.0
     for rank in ranks:
         problem, _ = problem_of(model, frame.schedule, rank, budget[rank], frame.host, every, experts)
-        worst = max(worst, solve(problem).seconds + experts_again(problem))
+        worst = max(worst, least_seconds(problem) + experts_again(problem))
     return worst
 
 

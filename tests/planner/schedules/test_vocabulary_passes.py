@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from megamem.planner.schedules.plan import plan_schedule
 from megamem.planner.schedules.simulator import simulate
 from megamem.planner.schedules.vocabulary_dispatch import Dispatch, Rules
 from megamem.planner.schedules.vocabulary_passes import delayed
+from megamem.planner.schedules.weight_placement import Timed
 
 OUTPUT = StageCost(forward=1.5, backward=1.5, weight=1.5, activation=0.0, weight_grad=0.0)
 INPUT = StageCost(forward=0.05, backward=0.0, weight=0.1, activation=0.0, weight_grad=0.0)
@@ -386,3 +388,19 @@ def test_a_rank_cannot_run_ahead_of_the_tokens_that_the_first_stage_sends() -> N
     waits = next(problem for problem in problems if problem.rank == 1)
     assert "waits for tokens that rank 0 sends as it comes to 0IF" in waits.text
     assert problems and all(problem.text.startswith("deadlock: ") for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "gis", "v-half"])
+def test_an_order_that_takes_longer_than_the_bound_is_given_up(name):
+    """And none that is as quick as the bound."""
+    request = Request(num_ranks=4, num_microbatches=8, num_chunks=FAMILIES[name].min_chunks)
+    base = build_schedule(name, request)
+    costs = MODEL.costs(base.placement, sharded=True)
+
+    def run(bound: float) -> Timed | None:
+        return Dispatch(base.ranks, base.placement, costs, 1, Rules(frozenset({"F", "B", "BW", "W"}))).run(bound)
+
+    whole = run(math.inf)
+    assert whole is not None
+    assert run(whole.makespan) == whole
+    assert run(0.999 * whole.makespan) is None
