@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megamem.errors import ConfigError, InfeasibleError
 from megamem.options import Bytes, Invalid
 from megamem.plan_profile import load_script_profile, machine_of, text_as_it_ran
+from megamem.plan_ways import ways_out
 
 if TYPE_CHECKING:
     from megamem.config import Config
@@ -224,6 +225,7 @@ def _read(path: str) -> Config:
 
 def _made(arguments: argparse.Namespace) -> Config:
     from megamem.planner.hardware import load_hardware
+    from megamem.planner.joint.decide import HOST_SHARE
     from megamem.planner.joint.given import carried
 
     job, gpus, fixed = job_of(arguments)
@@ -235,7 +237,16 @@ def _made(arguments: argparse.Namespace) -> Config:
     try:
         return carried(_best(arguments, job, gpus, fixed, hardware, wishes), given)
     except InfeasibleError as fault:
-        raise InfeasibleError(f"{fault}{_in_8_bits(arguments, job, gpus, fixed, hardware, wishes)}") from None
+        ways = ""
+        if not (arguments.max_seq or arguments.min_gpus):
+            ways = ways_out(
+                wishes,
+                fixed,
+                hardware.host_memory * HOST_SHARE,
+                lambda other, free: _best(arguments, job, gpus, free, hardware, other),
+            )
+        eight = _in_8_bits(arguments, job, gpus, fixed, hardware, wishes)
+        raise InfeasibleError(f"{fault}{ways}{eight}") from None
 
 
 def _in_8_bits(
@@ -264,7 +275,7 @@ def _best(
     arguments: argparse.Namespace, job: Job, gpus: int, fixed: Fixed, hardware: Hardware, wishes: Wishes
 ) -> Config:
     """The plan that was asked for: of a sequence length, of a number of GPUs, or of the job as it is."""
-    from megamem.planner.joint import explain, search
+    from megamem.planner.joint import explain, search, shortage
     from megamem.planner.joint.layout import plan_layout
 
     progress = _progress()
@@ -279,7 +290,10 @@ def _best(
     if fixed.settles_all:
         jobs = [one for one in search.layouts_of(job, gpus, hardware, fixed) if search.runs_schedule(one, wishes)]
         if len(jobs) == 1:
-            return explain.explain(plan_layout(jobs[0], hardware, wishes, progress), wishes)
+            try:
+                return explain.explain(plan_layout(jobs[0], hardware, wishes, progress), wishes)
+            except InfeasibleError as fault:
+                raise InfeasibleError(shortage.text_of(jobs[0], hardware, wishes, str(fault))) from None
     found = search.search(job, gpus, hardware, wishes, fixed, progress)
     return explain.explain(found.plans[0], wishes, explain.layouts(found))
 

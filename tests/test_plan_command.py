@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,50 @@ def test_what_cannot_be_planned_is_refused_with_a_way_out(
     assert reason in refusal(capsys, "plan", *flags)
 
 
-def test_what_is_short_is_said_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
-    text = refusal(capsys, *PIPELINE, "--device-memory", "25GiB", "--host-memory", "1GiB")
-    assert "GiB" in text and ("less than weights" in text or "attention outputs" in text)
+ONE_RANK_EACH = (
+    "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--context-parallel-size", "1",
+    "--expert-model-parallel-size", "1", "--micro-batch-size", "1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (
+            ("--activations", "off", "--device-memory", "110GiB"),
+            r"\(75 tried\): the nearest, TP 8 with microbatches of 1 is short of 3\d\.\d GiB of device memory "
+            r"\(14\d\.\d needed: 11\d\.\d activations, 11\.2 optimizer states, .*; 110\.0 there\); "
+            r"without --activations off there is a plan: \d+\.\d s a step on ",
+        ),
+        (
+            ("--device-memory", "20GiB"),
+            r"the nearest, TP 8 .* \d+\.\d GiB of device memory .* without --device-memory 20GiB there is a plan",
+        ),
+        (
+            ("--seq-length", "4m"),
+            r"of device memory .* GiB of host memory per GPU \(.* 128\.0 there\); --min-gpus .* finds how many GPUs it "
+            "takes, --max-seq how long",
+        ),
+        (
+            ("--seq-length", "1m", "--host-memory", "2GiB", "--activations", "ordered"),
+            r"is short of .*GiB of host memory per GPU \(.*, 2\.0 there",
+        ),
+        (
+            ONE_RANK_EACH,
+            r"262144.*nothing fits: DP 8 .* gradients.*; without the layout as it is given \(tensor 1, ",
+        ),
+    ],
+)
+def test_what_is_short_is_said_of_the_nearest_layout_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], pattern: str
+) -> None:
+    asked = (*LLAMA, *flags)
+    assert re.search(pattern, refusal(capsys, *asked))
+
+
+def test_sparse_residuals_are_found_where_every_input_is_too_much(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan(capsys, *LLAMA, "--host-memory", "1GiB", "--device-memory", "40GiB")
+    assert made["activations"]["residual_every"] > 1
 
 
 def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from megamem.errors import InfeasibleError
 from megamem.ir.job import Job, Layout
 from megamem.ir.pipeline_split import Split
-from megamem.ir.schedule import Placement
 from megamem.planner.evaluation import Model
 from megamem.planner.hardware import Hardware
+from megamem.planner.joint import shortage
 from megamem.planner.joint.layout import STOCK, LayoutPlan, Wishes, plan_layout, with_tiles
 from megamem.planner.joint.quick import Quick
 from megamem.planner.joint.split import laid_out, possible_chunks
-from megamem.planner.memory.device import static_bytes
 from megamem.planner.schedules.families import FAMILIES
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -135,12 +134,27 @@ def search(
         if len(plans) == _TO_PLAN or tried == _MOST_TO_PLAN:
             break
     if not plans:
-        short = ranking.fault or fault or _states_text(jobs, hardware, wishes)
-        raise InfeasibleError(
-            f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {short}; --min-gpus finds how many are needed"
-        )
+        plans = _leanest_plans(jobs, gpus, hardware, wishes, fault or ranking.fault)
     plans.sort(key=lambda plan: plan.best.priced.step_seconds)
     return Found(plans=tuple(plans), layouts=len(jobs), estimated=ranking.estimated)
+
+
+def _leanest_plans(jobs: Sequence[Job], gpus: int, hardware: Hardware, wishes: Wishes, fault: str) -> list[LayoutPlan]:
+    """Plans of layouts that fit with sparse residuals alone, which no quick estimate knows. Raises InfeasibleError."""
+    short = shortage.shortages(jobs, hardware, wishes)
+    plans = []
+    for one in short[:_MOST_TO_PLAN]:
+        if one.missing <= 0 and len(plans) < _TO_PLAN:
+            try:
+                plans.append(plan_layout(one.job, hardware, wishes))
+            except InfeasibleError as error:
+                fault = str(error)
+    if plans:
+        return plans
+    why = fault or "no schedule can be built for any of them"
+    if short and short[0].missing > 0:
+        why = f"the nearest, {short[0].text()}"
+    raise InfeasibleError(f"no layout of {gpus} GPUs fits ({len(jobs)} tried): {why}")
 
 
 class _Ranking:
@@ -186,24 +200,6 @@ def _estimate(job: Job, hardware: Hardware, wishes: Wishes) -> tuple[float, str]
 
 def _model(job: Job, hardware: Hardware, wishes: Wishes) -> Model:
     return Model(job, hardware, wishes.device, wishes.options)
-
-
-def _states_text(jobs: Sequence[Job], hardware: Hardware, wishes: Wishes) -> str:
-    """What weights, gradients and optimizer states need of each GPU where they are spread thinnest."""
-    least = min(
-        sum(
-            static_bytes(one, Placement(shape="round-robin", num_ranks=one.layout.pipeline, num_chunks=1), 0, hardware)[
-                kind
-            ]
-            for kind in ("weights", "gradients", "optimizer")
-        )
-        for one in jobs
-    )
-    limit = hardware.for_training if wishes.device is None else wishes.device
-    return (
-        f"weights, gradients and optimizer states alone need {least / 2**30:.1f} GiB of each GPU, which has "
-        f"{limit / 2**30:.1f}"
-    )
 
 
 def _no_layout(job: Job, gpus: int, fixed: Fixed, wishes: Wishes) -> str:

@@ -161,7 +161,16 @@ def estimate(model: Model, frame: Frame, *, untouched: bool = False) -> float:
         raise InfeasibleError(f"what layers save does not fit on pipeline rank {tight[0]}")
     if not tight:
         return 0.0
-    return least_over_experts(model, lambda experts: _worst(model, frame, budget, tight, 1, experts))
+    fault: InfeasibleError | None = None
+    for every in RESIDUALS:
+        try:
+            return least_over_experts(
+                model, lambda experts, every=every: _worst(model, frame, budget, tight, every, experts)
+            )
+        except InfeasibleError as error:
+            fault = fault or error
+    assert fault is not None
+    raise fault
 
 
 def _tight(model: Model, frame: Frame, budget: Sequence[float]) -> list[int]:
