@@ -180,7 +180,10 @@ def run_plan(arguments: argparse.Namespace) -> int:
     elif arguments.flags:
         from megamem.planner.models import flags_of
 
-        print(" ".join(flags_of(config.plan.made_for.job)))  # unquoted: for $(...) of a shell
+        job = config.plan.made_for.job
+        if config.activations.is_on:  # in place of Megatron's own recomputation
+            job = replace(job, recompute="none")
+        print(" ".join(flags_of(job)))  # unquoted: for $(...) of a shell
     else:
         from megamem.plan_text import text_of_plan
 

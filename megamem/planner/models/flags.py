@@ -317,6 +317,7 @@ def flags_of(job: Job) -> list[str]:
         *_sizes(job),
         *_special(model),
         *_of_kernels(job),
+        *_of_recomputation(job),
     ]
     return [
         word
@@ -336,6 +337,22 @@ def _sizes(job: Job) -> list[tuple[str, object]]:
     ]
     if layout.split:
         values.append(("--pipeline-model-parallel-layout", layout_text(layout.split, job.model.mtp_num_layers)))
+    return values
+
+
+def _of_recomputation(job: Job) -> list[tuple[str, object]]:
+    """Megatron's own. Which modules are run again is said where they are not the default."""
+    if job.recompute == "none":
+        return []
+    values: list[tuple[str, object]] = [("--recompute-granularity", job.recompute)]
+    if job.recompute == "full":
+        values.append(("--recompute-method", job.recompute_method))
+        values.append(("--recompute-num-layers", job.recompute_num_layers))
+    elif job.recompute_modules != ("core_attn",):
+        values += [
+            ("--recompute-modules", job.recompute_modules[0]),
+            *((word, True) for word in job.recompute_modules[1:]),
+        ]
     return values
 
 

@@ -175,6 +175,23 @@ def test_flags_of_a_model_give_the_model_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--recompute-granularity selective",
+        "--recompute-granularity selective --recompute-modules layernorm mlp",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 3",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ],
+)
+def test_recomputation_is_in_the_flags_as_it_was_given(flags: str) -> None:
+    job = job_of_flags(f"{LINE} {flags}")
+    words = " ".join(flags_of(job))
+    assert words.endswith(flags) and ("recompute" in words) == bool(flags)
+    assert job_of_flags(f"{words} --vocab-size 128256", 16).recompute == job.recompute
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("--num-layers 4", "--hidden-size: needed"),
