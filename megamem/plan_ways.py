@@ -36,9 +36,13 @@ def _without_one(wishes: Wishes, fixed: Fixed, host: float) -> Iterator[tuple[st
     if wishes.activations != "auto":
         given = wishes.activations if isinstance(wishes.activations, str) else wishes.activations.policy
         yield f"--activations {given}", replace(wishes, activations="auto"), fixed
-    for name in ("schedule", "vocabulary", "allocator"):
-        if (given := getattr(wishes, name)) != "auto":
-            yield f"--{name} {given}", replace(wishes, **{name: "auto"}), fixed
+    for given, option, other in (
+        (wishes.schedule, "--schedule", replace(wishes, schedule="auto")),
+        (wishes.vocabulary, "--vocabulary", replace(wishes, vocabulary="auto")),
+        (wishes.allocator, "--allocator", replace(wishes, allocator="auto")),
+    ):
+        if given != "auto":
+            yield f"{option} {given}", other, fixed
     if wishes.host < host:
         yield f"--host-memory {_size(wishes.host)}", replace(wishes, host=host), fixed
     if wishes.device is not None:

@@ -142,7 +142,7 @@ def search(
 def _leanest_plans(jobs: Sequence[Job], gpus: int, hardware: Hardware, wishes: Wishes, fault: str) -> list[LayoutPlan]:
     """Plans of layouts that fit with sparse residuals alone, which no quick estimate knows. Raises InfeasibleError."""
     short = shortage.shortages(jobs, hardware, wishes)
-    plans = []
+    plans: list[LayoutPlan] = []
     for one in short[:_MOST_TO_PLAN]:
         if one.missing <= 0 and len(plans) < _TO_PLAN:
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from megamem.errors import InfeasibleError
 from megamem.ir.activation import ANCHORS, BASE, SAVED, ActivationPlan, Codec, Fate
@@ -163,10 +163,9 @@ def estimate(model: Model, frame: Frame, *, untouched: bool = False) -> float:
         return 0.0
     fault: InfeasibleError | None = None
     for every in RESIDUALS:
+        worst = partial(_worst, model, frame, budget, tight, every)
         try:
-            return least_over_experts(
-                model, lambda experts, every=every: _worst(model, frame, budget, tight, every, experts)
-            )
+            return least_over_experts(model, worst)
         except InfeasibleError as error:
             fault = fault or error
     assert fault is not None

@@ -16,6 +16,7 @@ from megamem.ir.plan import RankMemory
 from megamem.ir.schedule import Placement
 from megamem.planner.activations import plan_activations
 from megamem.planner.evaluation import Model, Priced
+from megamem.planner.fractions.rank import ExpertFate
 from megamem.planner.hardware import Hardware
 from megamem.planner.joint.layout import STOCK, Wishes, with_tiles
 from megamem.planner.joint.settle import RESIDUALS, Frame
@@ -161,7 +162,7 @@ def _leanest(job: Job, wishes: Wishes) -> Sequence[Activations | None]:
         return (None,)
     if isinstance(given, Activations):
         return (replace(given, swap_fraction=0.0) if isinstance(given.swap_fraction, str) else given,)
-    experts = "keep" if job.model.experts is None else "recompute"
+    experts: ExpertFate = "keep" if job.model.experts is None else "recompute"
     every = RESIDUALS[-1]
     kept = Activations(policy="recompute", residual_every=every, experts=experts)
     return (kept, replace(kept, policy="ordered", swap_fraction=0.0, keep_last_layers=0))
