@@ -45,9 +45,10 @@ ALLOWED: dict[str, set[str]] = {
     "solve": LEAVES | {"ir", "planner", "report"},
     "profile": LEAVES | {"ir", "profiler", "integrations", "testing", "profile_script"},  # testing: the rig
     "profile_script": LEAVES | {"ir", "integrations", "run"},
-    "plan": LEAVES | {"ir", "planner", "report", "plan_text", "plan_profile"},
+    "plan": LEAVES | {"ir", "planner", "report", "plan_text", "plan_profile", "plan_ways"},
     "plan_profile": LEAVES | {"ir", "planner"},
     "plan_text": LEAVES | {"ir"},
+    "plan_ways": LEAVES | {"planner"},
     "plan_report": LEAVES | {"ir", "planner", "profiler", "report"},
     "run": LEAVES | {"integrations", "testing"},  # testing: the rig, for --cpu
     "cli": LEAVES
@@ -74,6 +75,7 @@ STARTS_FAST = {
     "plan_profile",
     "plan_report",
     "plan_text",
+    "plan_ways",
     "run",
     "cli",
     "__main__",
