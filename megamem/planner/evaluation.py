@@ -409,7 +409,8 @@ class _Pricing:
         """Bytes that an action holds besides what layers save: of the output layer, and working space."""
         words = self.model.options.loss_chunk
         if kind in ("S", "T"):
-            return output_bytes(self.job, fused=True, shards=self.placement.num_ranks, chunk=words), 0
+            ranks, sums = self.placement.num_ranks, self.setup.barriers == 2
+            return output_bytes(self.job, fused=True, shards=ranks, chunk=words, sums_gradient=sums), 0
         stage = self.placement.stage(rank, chunk)
         numbers = stage_layers(self.job, stage)
         pairs = [self.model.transients(number) for number in (*numbers[:1], *numbers[-1:])]

@@ -26,6 +26,7 @@ from megamem.table import TableRow
 RESIDUALS = (1, 2, 4)
 """Values of `residual_every` that are tried in turn where layer inputs alone do not fit."""
 _ROUNDS = 5  # of taking memory from a rank that has too little, or giving it what a priced plan has left
+_LEAST_RESPONSE = 0.2
 _WORTH = 0.01  # of the device's memory: less is not worth another round
 _WORTH_SECONDS = 2e-3  # of a rank's computing: less recomputation is not worth another round
 _MARGIN = 1.02  # of host memory over what was counted: slots are aligned
@@ -133,7 +134,8 @@ class Budget:
         placement, job = self.frame.schedule.placement, self.model.job
         chunk = self.model.options.loss_chunk
         if self.frame.barriers is not None:
-            return output_bytes(job, fused=True, shards=placement.num_ranks, chunk=chunk)
+            sums = self.frame.barriers == 2
+            return output_bytes(job, fused=True, shards=placement.num_ranks, chunk=chunk, sums_gradient=sums)
         last = placement.num_stages - 1
         owns = any(placement.stage(rank, chunk) == last for chunk in range(placement.num_chunks))
         return output_bytes(job, fused=self.frame.fused_loss, chunk=chunk) if owns else 0.0
@@ -239,7 +241,7 @@ def _refined(model: Model, frame: Frame, every: int, experts: ExpertFate) -> Set
     if min(budget) <= 0:
         raise InfeasibleError(_no_room(model, budget))
     best: Settled | None = None
-    host = frame.host
+    host, before = frame.host, (0.0, 0.0)
     for _ in range(_ROUNDS):
         try:
             found = _once(model, replace(frame, host=host), budget, every, experts)
@@ -250,7 +252,8 @@ def _refined(model: Model, frame: Frame, every: int, experts: ExpertFate) -> Set
         if not found.priced.fits(frame.host):
             over = [max(0.0, rank.peak - rank.limit) for rank in found.priced.memory]
             budget = [device - extra * 1.05 for device, extra in zip(budget, over, strict=True)]
-            host -= max(0.0, found.priced.host - frame.host) * 1.05
+            given, host = host, host - max(0.0, found.priced.host - frame.host) * 1.05 / _response(before, host, found)
+            before = given, found.priced.host
             continue
         found = replace(found, frame=frame)
         if best is not None and best.priced.step_seconds <= found.priced.step_seconds:
@@ -269,6 +272,13 @@ def _refined(model: Model, frame: Frame, every: int, experts: ExpertFate) -> Set
     if best is None:
         raise InfeasibleError(f"what has to be stored does not fit: {_shortage(found.priced)}")
     return best
+
+
+def _response(before: tuple[float, float], given: float, found: Settled) -> float:
+    """How much of a reduction of the host memory given was a reduction of that used, since the round before."""
+    if not before[0] > given:
+        return 1.0
+    return min(1.0, max(_LEAST_RESPONSE, (before[1] - found.priced.host) / (before[0] - given)))
 
 
 def _shortage(priced: Priced) -> str:

@@ -22,12 +22,14 @@ from megamem.planner.memory.parameters import (
 
 LOGIT_BYTES = 4 + 2
 """Per logit without the fused loss: the softmax in fp32 that Megatron's loss saves, and the logits or their gradient in
-bf16."""
+bf16. With it they become their gradient in place, and the gradient of the hidden states is summed in fp32."""
 STATISTICS_BYTES = 12
 """Per token with the fused loss or a shared vocabulary: maximum, sum and the predicted logit, fp32."""
+_FP32 = 4
 CHUNK_BYTES = 96 << 20
 LEAST_CHUNK = 2048
 """`vocabulary.loss_chunk: auto`: that much of logits, but at least so many entries, and under a quarter of them all."""
+_ALIGNMENTS = (128, 8)  # of chunks that are of equal size
 
 
 def static_bytes(
@@ -57,10 +59,21 @@ def buffer_bytes(job: Job) -> int:
     return (2 if job.layout.pipeline == 1 else 4) * hidden
 
 
-def output_bytes(job: Job, *, fused: bool, shards: int = 1, chunk: int = 0) -> int:
+def chunk_of_words(tokens: int, entries: int, itemsize: int) -> int:
+    """What `vocabulary.loss_chunk: auto` takes at a time (`kernels.linear_cross_entropy.passes.chunk_columns`)."""
+    width = max(1, min(max(CHUNK_BYTES // (tokens * itemsize), LEAST_CHUNK), (entries - 1) // 4))
+    for alignment in _ALIGNMENTS:
+        if width >= alignment:
+            even = -(-entries // -(-entries // (width // alignment * alignment)))
+            return -(-even // alignment) * alignment
+    return width
+
+
+def output_bytes(job: Job, *, fused: bool, shards: int = 1, chunk: int = 0, sums_gradient: bool = True) -> int:
     """What the output layer and the loss of one microbatch hold on a rank at most.
 
-    chunk: entries of the vocabulary that the fused loss, or a shared vocabulary, takes at a time; 0: automatic
+    chunk:         entries of the vocabulary that the fused loss, or a shared vocabulary, takes at a time; 0: automatic
+    sums_gradient: whether the gradient of the hidden states is summed here: with one barrier it is what S leaves to T
 
     With multi-token prediction the losses of all depths wait for the backward pass together, and so do the inputs of
     its norms, its projection (twice the hidden size) and the output layer.
@@ -72,9 +85,9 @@ def output_bytes(job: Job, *, fused: bool, shards: int = 1, chunk: int = 0) -> i
     entries = padded_vocabulary(job.model, parts) // parts
     if not fused and shards == 1:
         return (1 + depths) * tokens * entries * LOGIT_BYTES + frames
-    automatic = min(max(LEAST_CHUNK, CHUNK_BYTES // (tokens * job.itemsize)), max(1, entries // 4))
-    chunk = min(chunk, entries) or automatic
-    return tokens * ((1 + depths) * STATISTICS_BYTES + chunk * LOGIT_BYTES) + frames
+    chunk = min(chunk, entries) or chunk_of_words(tokens, entries, job.itemsize)
+    sums = _FP32 * job.model.hidden_size if sums_gradient else 0
+    return tokens * ((1 + depths) * STATISTICS_BYTES + chunk * job.itemsize + sums) + frames
 
 
 def _score_bytes(job: Job) -> int:
