@@ -249,7 +249,9 @@ def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramet
             at = parts.index("local_experts") + 1
             local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
             parts[at] = str(int(parts[at]) + local * parallel_state.get_expert_model_parallel_rank())
-        if parameter is model.shared_embedding_or_output_weight() and model.share_embeddings_and_output_weights:
+        # With multi-token prediction a last stage has the embedding itself, and an output weight that nothing uses.
+        is_tied = model.share_embeddings_and_output_weights and not getattr(model, "mtp_process", False)
+        if is_tied and parts == ["output_layer", "weight"]:
             parts = ["embedding", "word_embeddings", "weight"]
         if parts[0] == "vocabulary" and shards is not None:
             whole = "output_layer.weight" if parts[1] == "output_layer" else "embedding.word_embeddings.weight"
