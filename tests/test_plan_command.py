@@ -261,7 +261,7 @@ def test_what_is_short_is_said_of_the_nearest_layout_with_a_way_out(
 
 
 def test_sparse_residuals_are_found_where_every_input_is_too_much(capsys: pytest.CaptureFixture[str]) -> None:
-    made = plan(capsys, *LLAMA, "--host-memory", "1GiB", "--device-memory", "40GiB")
+    made = plan(capsys, *LLAMA, "--host-memory", "1GiB", "--device-memory", "42GiB")
     assert made["activations"]["residual_every"] > 1
 
 
