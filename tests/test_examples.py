@@ -299,6 +299,15 @@ class TestPipelineSchedules:
         losses = re.findall(r"^(\w+) 2/2 .* MTP loss ([\d.]+)", output, re.MULTILINE)
         assert [name for name, _ in losses] == ["stock", "megamem"] and losses[0][1] == losses[1][1]
 
+    def test_a_last_stage_without_layers_is_trained_as_by_stock(self, small: list[object]) -> None:
+        """Multi-token prediction and the loss alone, as in DeepSeek-V3's recipe, with activations swapped."""
+        bare = ["--pipeline-model-parallel-size", 2, "--num-layers", 2, "--clip-grad", 0, "--train-iters", 2]
+        on = ["--megamem-schedule-name", "zb-h1", "--megamem-activations-policy", "memo", "--compare"]
+        mtp = ["--mtp-num-layers", 1, "--untie-embeddings-and-output-weights"]
+        for layout, more in (("Ett|L", []), ("Ett|mL", mtp)):
+            output = run(2, *small, *bare, "--pipeline-model-parallel-layout", layout, *more, *on)
+            assert "bitwise equal" in output
+
 
 class TestVocabularyParallel:
     """Embeddings shared by all ranks, on and off, in any schedule and layout, through the same checkpoints."""

@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megamem.integrations.local_spec import local_layer_spec
+from megamem.integrations.local_spec import last_layer_stage, local_layer_spec
 
 
 @dataclass
@@ -122,12 +122,14 @@ def _experts(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _layer_spec(args: argparse.Namespace, config: TransformerConfig, vp_stage: int | None) -> Any:
+def _layer_spec(
+    args: argparse.Namespace, config: TransformerConfig, vp_stage: int | None, pp_rank: int | None = None
+) -> Any:
     if args.transformer_impl == "local":
-        return local_layer_spec(config, vp_stage=vp_stage)
+        return local_layer_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
 
 
 def _prediction_spec(args: argparse.Namespace, config: TransformerConfig, layers: Any, vp_stage: int | None) -> Any:
@@ -136,6 +138,9 @@ def _prediction_spec(args: argparse.Namespace, config: TransformerConfig, layers
         return None
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
+    if not layers.layer_specs:  # Megatron copies the stage's last layer; a stage without layers copies the model's
+        rank, chunk = last_layer_stage(config)
+        layers = _layer_spec(args, config, chunk, rank)
     return get_gpt_mtp_block_spec(config, layers, args.transformer_impl != "local", vp_stage=vp_stage)
 
 

@@ -236,3 +236,14 @@ def local_layer_spec(
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
         mine = layers[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)]
     return TransformerBlockSubmodules(layer_specs=mine, layer_norm=Norm)
+
+
+def last_layer_stage(config: TransformerConfig) -> tuple[int, int]:
+    """`pp_rank` and `vp_stage` of the last stage that has layers, by a pipeline_model_parallel_layout.
+
+    `get_gpt_mtp_block_spec` makes multi-token prediction like the last layer of the spec that it is given: in a last
+    stage without layers that has to be this stage's.
+    """
+    layout = config.pipeline_model_parallel_layout.layout
+    stages = [(rank, chunk) for chunk in range(len(layout[0])) for rank in range(len(layout))]
+    return next((rank, chunk) for rank, chunk in reversed(stages) if LayerType.decoder in layout[rank][chunk])

@@ -28,7 +28,6 @@ from megamem.planner.memory.device import output_bytes, shared_bytes, static_byt
 from megamem.planner.memory.ledger import Book, LayerBytes
 from megamem.planner.memory.parameters import (
     Parameters,
-    stage_layers,
     stage_parameters,
     stage_passes,
     states_of,
@@ -412,7 +411,7 @@ class _Pricing:
             ranks, sums = self.placement.num_ranks, self.setup.barriers == 2
             return output_bytes(self.job, fused=True, shards=ranks, chunk=words, sums_gradient=sums), 0
         stage = self.placement.stage(rank, chunk)
-        numbers = stage_layers(self.job, stage)
+        numbers = stage_passes(self.job, stage)
         pairs = [self.model.transients(number) for number in (*numbers[:1], *numbers[-1:])]
         space = max((pair[0 if kind == "F" else 1] for pair in pairs), default=0)
         if stage == self.last and self.setup.barriers is None:

@@ -28,6 +28,8 @@ def solve(problem: Problem, solver: str = "auto") -> Solution:
     solver:  `highs`; `simplex`, which needs nothing, and is faster on all but large problems than loading the other;
              `auto`: by size, and where there are likely to be many optima `highs`
     """
+    if not problem.groups:  # a rank without layers has nothing to share out
+        return Solution(shares=(), seconds=0.0, method="none")
     programme = _Programme(problem)
     if solver == "auto":
         is_large = len(programme.rows) > _MOST_ROWS or (len(problem.groups) > _FEW_GROUPS and not _is_settled(problem))

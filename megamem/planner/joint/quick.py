@@ -80,7 +80,7 @@ class Quick:
         if self.room(0, 0.0) < 0:
             return float("inf")
         forward, backward, _ = self.passes(0)
-        warm_up = (self.ranks - 1) * (forward + backward) / min(MOST_CHUNKS, len(self.layers[0]))
+        warm_up = (self.ranks - 1) * (forward + backward) / min(MOST_CHUNKS, max(1, len(self.layers[0])))
         return self.job.num_microbatches * self.busiest + warm_up + self.optimizer()
 
     def optimizer(self) -> float:
@@ -92,7 +92,8 @@ class Quick:
         """Device memory of a rank for activations, with `besides` bytes for other things."""
         hardware = self.model.hardware
         statics = sum(static_bytes(self.job, self.placement, rank, hardware).values())
-        working = self.model.transients(self.layers[rank][-1])[1]
+        numbers = self.layers[rank]
+        working = self.model.transients(numbers[-1])[1] if numbers else 0  # the embedding or the loss alone
         return (self.model.limit - statics) / (1.0 + hardware.fragmentation_arena) - working - besides
 
     def seconds(self, wishes: Wishes) -> float:

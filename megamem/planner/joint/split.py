@@ -57,11 +57,13 @@ def is_balanced(job: Job) -> bool:
 def possible_chunks(job: Job) -> list[int]:
     """The numbers of chunks that its layers can be put into: those settled, or all up to `MOST_CHUNKS`.
 
+    A split that is not the one of `laid_out` was asked for, and is for its own number of chunks.
+
     Layers that divide by the ranks divide by the chunks as well: an uneven split would only be slower. So would one
     whose stages are far from equal: the passes of a schedule wait for the longest.
     """
     layout, layers = job.layout, job.model.num_layers
-    if layout.chunks > 1:
+    if layout.chunks > 1 or (layout.split and not is_balanced(job)):
         return [layout.chunks]
     per_rank, over = divmod(layers, layout.pipeline)
     if not over:

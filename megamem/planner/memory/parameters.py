@@ -132,6 +132,11 @@ def stage_layers(job: Job, stage: int) -> range:
     return range(stage * per_stage + 1, (stage + 1) * per_stage + 1)
 
 
+def layer_stage(job: Job, number: int) -> int:
+    """The stage that has the layer of this number: some have none."""
+    return next(stage for stage in range(job.layout.num_stages) if number in stage_layers(job, stage))
+
+
 def stage_passes(job: Job, stage: int) -> range:
     """The layers of a stage, and behind those of the last one the layers of multi-token prediction, numbered on."""
     numbers = stage_layers(job, stage)
@@ -147,8 +152,10 @@ def stage_parameters(job: Job, stage: int, *, shards_vocabulary: bool = False) -
     for number in stage_layers(job, stage):
         found += layer_parameters(model, number, *sizes)
     last = layout.num_stages - 1
-    if stage == last:
+    if stage == (layer_stage(job, model.num_layers) if model.mtp_num_layers else last):
+        # Megatron-Core norms before the predictions, behind the last layer; without them, before the output layer.
         found += Parameters(model.hidden_size * (2 if model.normalization == "LayerNorm" else 1))
+    if stage == last:
         found += mtp_parameters(model, *sizes)
     if shards_vocabulary:
         return found
