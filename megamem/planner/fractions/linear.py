@@ -43,12 +43,18 @@ def solve(problem: Problem, solver: str = "auto") -> Solution:
 
 def least_seconds(problem: Problem) -> float:
     """What the shares of least time cost, whichever they are. Raises InfeasibleError as `solve` does."""
-    return solve(problem, "simplex" if len(_Programme(problem).rows) <= _MOST_ROWS else "auto").seconds
+    return solve(problem, "simplex" if num_rows(problem) <= _MOST_ROWS else "auto").seconds
 
 
 def has_many_optima(problem: Problem) -> bool:
     """Whether there are likely to be several, of which another solver may find another."""
-    return len(_Programme(problem).rows) > _FEW_ROWS and not _is_settled(problem)
+    return num_rows(problem) > _FEW_ROWS and not _is_settled(problem)
+
+
+def num_rows(problem: Problem) -> int:
+    """How many rows its programme has."""
+    own = sum(2 + len(group.nbytes) + sum(name in BASE for name in group.nbytes) for group in problem.groups)
+    return own + len(problem.moments) * (1 + 2 * len(problem.groups))
 
 
 def _is_settled(problem: Problem) -> bool:

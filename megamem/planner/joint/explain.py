@@ -430,7 +430,8 @@ def _smaller(model: Model, best: Settled) -> Iterable[Alternative]:
         if limit >= best.priced.peak:
             continue
         try:
-            found = settle(Model(model.job, model.hardware, limit, model.options), best.frame)
+            smaller = Model(model.job, model.hardware, limit, model.options)
+            found = settle(smaller, best.frame, is_short=not best.activations.is_on)
         except InfeasibleError:
             continue
         name = f"within {limit / 2**30:.0f} GiB"

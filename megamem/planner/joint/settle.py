@@ -203,11 +203,15 @@ def _no_room(model: Model, budget: Sequence[float]) -> str:
     )
 
 
-def settle(model: Model, frame: Frame) -> Settled:
-    """The best activations for a frame. Raises InfeasibleError with the sums where nothing fits."""
-    untouched = model.price(frame.setup(None))
-    if untouched.fits(frame.host):
-        return Settled(frame=frame, activations=Activations(), priced=untouched, options=model.options)
+def settle(model: Model, frame: Frame, *, is_short: bool = False) -> Settled:
+    """The best activations for a frame. Raises InfeasibleError with the sums where nothing fits.
+
+    is_short: it is known that what layers save does not fit
+    """
+    if not is_short:
+        untouched = model.price(frame.setup(None))
+        if untouched.fits(frame.host):
+            return Settled(frame=frame, activations=Activations(), priced=untouched, options=model.options)
     fault: InfeasibleError | None = None
     for every in RESIDUALS:
         for experts in _expert_fates(model, frame, every):
@@ -242,9 +246,10 @@ def _refined(model: Model, frame: Frame, every: int, experts: ExpertFate) -> Set
         raise InfeasibleError(_no_room(model, budget))
     best: Settled | None = None
     host, before = frame.host, (0.0, 0.0)
+    known: _Known = {}
     for _ in range(_ROUNDS):
         try:
-            found = _once(model, replace(frame, host=host), budget, every, experts)
+            found = _once(model, replace(frame, host=host), budget, every, experts, known)
         except InfeasibleError:
             if best is None:
                 raise
@@ -290,12 +295,21 @@ def _shortage(priced: Priced) -> str:
     )
 
 
-def _once(model: Model, frame: Frame, budget: Sequence[float], every: int, experts: ExpertFate) -> Settled:
+_Known = dict[tuple[int, float, float], tuple[dict[int, Fates], float, float]]
+"""By rank, its device memory and host memory: what `fates_of` has said."""
+
+
+def _once(
+    model: Model, frame: Frame, budget: Sequence[float], every: int, experts: ExpertFate, known: _Known
+) -> Settled:
     fates: dict[int, Fates] = {}
     seconds, best = [], []
     for rank, device in enumerate(budget):
-        problem, assigned = problem_of(model, frame.schedule, rank, device, frame.host, every, experts)
-        found, spent, least = fates_of(model, problem, assigned)
+        key = rank, device, frame.host
+        if key not in known:
+            problem, assigned = problem_of(model, frame.schedule, rank, device, frame.host, every, experts)
+            known[key] = fates_of(model, problem, assigned)
+        found, spent, least = known[key]
         fates |= found
         seconds.append(spent)
         best.append(least)

@@ -120,6 +120,7 @@ class Dispatch:
     ) -> None:
         """The lists, without vocabulary passes; and the memory at which W and T that wait come before an F."""
         self.placement, self.costs, self.rules, self.cap = placement, costs, rules, cap * ROUNDING
+        self.rank_of = [placement.rank_of(stage) for stage in range(placement.num_stages)]
         share = costs.vocabulary or VocabularyCost()
         self.kept, self.collective, self.barriers = share.kept, share.collective, barriers
         self.seconds_if, self.seconds_s, self.seconds_t, self.seconds_ib = (
@@ -274,20 +275,22 @@ class Dispatch:
         if stage == self.last:
             self._arrive_everywhere(self.line_s, microbatch, end + self.collective)
             return
-        hop = self.costs.comm if self.placement.rank_of(stage + 1) != index else 0.0
+        hop = self.costs.comm if self.rank_of[stage + 1] != index else 0.0
         self._arrive(self.input, stage + 1, microbatch, end + hop)
 
     def _send_backward(self, index: int, stage: int, microbatch: int, end: float) -> None:
         if stage == 0:
             self._arrive_everywhere(self.line_ib, microbatch, end + self.collective)
             return
-        hop = self.costs.comm if self.placement.rank_of(stage - 1) != index else 0.0
+        hop = self.costs.comm if self.rank_of[stage - 1] != index else 0.0
         self._arrive(self.gradient, stage - 1, microbatch, end + hop)
 
     def _arrive(self, inputs: list[list[float]], stage: int, microbatch: int, time: float) -> None:
         """At one stage."""
         inputs[stage][microbatch] = time
-        heapq.heappush(self.wakes, (time, self.placement.rank_of(stage)))
+        rank = self.rank_of[stage]
+        if self.ranks[rank].clock <= time:  # or it looks for itself when it is free
+            heapq.heappush(self.wakes, (time, rank))
 
     def _arrive_everywhere(self, line: _Line, microbatch: int, time: float) -> None:
         line.arrivals[line.place[microbatch]] = time
