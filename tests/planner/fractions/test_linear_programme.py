@@ -114,6 +114,7 @@ def test_no_point_of_a_grid_is_better(seed: int) -> None:
 def test_both_solvers_find_the_same_optimum(seed: int) -> None:
     pytest.importorskip("scipy", reason="pip install 'megamem[solve]'")
     problem = random_problem(1000 + seed)
+    assert linear.num_rows(problem) == len(linear._Programme(problem).rows)
     if seed % 4 == 0:
         limits = problem.limits
         problem = replace(problem, limits=replace(limits, device=limits.device / 5, host=limits.host / 5))
