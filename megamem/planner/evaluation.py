@@ -276,7 +276,9 @@ class _Pricing:
         forward = self.model.layer(number).forward
         if self.job.recompute == "full":
             return forward.total if layer.back else 0.0
-        return forward.attention if self.job.recomputes_attention else 0.0
+        if self.job.recompute != "selective":
+            return 0.0
+        return self.model.layer(number).selected(self.job.recompute_modules)
 
     def _waits(self, stage: int, copied: Sequence[CopiedLayer]) -> Stalls:
         to_host, from_host = self.model.rates

@@ -8,7 +8,7 @@ ring beside attention. What is longer than its cover shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,8 +126,21 @@ class LayerTime:
     @cached_property
     def experts(self) -> float:
         """Running router and experts again, with their exchanges: `activations.experts: recompute`."""
-        gemm = sum(self.work.gemms.get(name, 0.0) for name in ("router", "experts")) / self.hardware.gemm
-        return gemm + self.work.experts / self.hardware.hbm + 2 * self._exchange + 2 * self._gather
+        gemm = sum(self.work.gemms.get(name, 0.0) for name in ("router", "experts", "shared_experts"))
+        return gemm / self.hardware.gemm + self.work.experts / self.hardware.hbm + 2 * self._exchange + 2 * self._gather
+
+    def selected(self, modules: Sequence[str]) -> float:
+        """Running again what Megatron's `--recompute-modules` names, as far as it is known here: `core_attn`, `mlp`,
+        `moe`, `shared_experts`."""
+        again = self.forward.attention if "core_attn" in modules else 0.0
+        gemms = self.work.gemms
+        if "fc1" in gemms:
+            dense = (gemms["fc1"] + gemms["fc2"]) / self.hardware.gemm + self.work.activation / self.hardware.hbm
+            return again + (dense + 2 * self._gather if "mlp" in modules else 0.0)
+        if "moe" in modules:
+            return again + self.experts
+        shared = gemms.get("shared_experts", 0.0) / self.hardware.gemm
+        return again + (shared + 2 * self._gather if shared and "shared_experts" in modules else 0.0)
 
     @cached_property
     def residual(self) -> float:

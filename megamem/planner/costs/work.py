@@ -20,13 +20,15 @@ LOGIT_TRAFFIC = 36
 class LayerWork:
     """One transformer layer, forward.
 
-    gemms:        FLOPs of the matrix products by name: `qkv`, `projection`, `fc1`, `fc2`, `router`, `experts`
+    gemms:        FLOPs of the matrix products by name: `qkv`, `projection`, `fc1`, `fc2`, `router`, `experts`,
+                  `shared_experts`
     attention:    FLOPs of causal attention
     scores, scores_back: bytes of scores that unfused attention reads and writes, forward and in the backward pass
     traffic:      bytes that element-wise kernels read and write, forward
     traffic_back: the same in the backward pass
     replayed:     bytes of those that rebuilding what autograd saves runs again: all but the last residual
     experts:      bytes of those of the experts, which no rebuilding runs
+    activation:   bytes of the activation function's own, of all experts together
     """
 
     gemms: dict[str, float]
@@ -37,6 +39,7 @@ class LayerWork:
     scores: float = 0.0
     scores_back: float = 0.0
     experts: float = 0.0
+    activation: float = 0.0
 
     @property
     def gemm(self) -> float:
@@ -81,6 +84,7 @@ def layer_work(job: Job, number: int) -> LayerWork:
         traffic_back=float(backward * size),
         replayed=float((forward - residual - of_experts) * size),
         experts=float(of_experts * size),
+        activation=float((gates + 1) * act * size),
     )
 
 
@@ -137,7 +141,7 @@ def _expert_gemms(job: Job, inside: int) -> dict[str, float]:
     }
     if moe.shared_ffn_hidden_size:
         shared = moe.shared_ffn_hidden_size // layout.tensor
-        found["experts"] += 2.0 * inside * model.hidden_size * shared * products
+        found["shared_experts"] = 2.0 * inside * model.hidden_size * shared * products
     return found
 
 

@@ -194,9 +194,22 @@ class ActivationMemory:
         for index, number in enumerate(numbers):
             kind = self.kind(number)
             tensors = [one for one in self._own(kind) if index == 0 or not one.shared]
-            found = replace(untouched_bytes(tensors), weight_gradients=kind.weight_gradients)
+            again = [one for one in tensors if self._is_selected(one, self.job.model.is_moe(number))]
+            found = untouched_bytes(one for one in tensors if one not in again)
+            found = replace(found, again=storage_bytes(again), weight_gradients=kind.weight_gradients)
             made.append(self._made_again(found, kind))
         return made
+
+    def _is_selected(self, one: Saved, is_moe: bool) -> bool:
+        """Whether Megatron's selective recomputation makes a tensor again: its checkpoints of an MLP, an MoE layer or
+        its shared experts keep their input alone. Core attention is left out of `saved_tensors`.
+        """
+        modules = self.job.recompute_modules
+        if self.job.recompute != "selective" or one.storage.name == "n2":
+            return False
+        if not is_moe or "moe" in modules:
+            return one.name.startswith("mlp") and ("moe" if is_moe else "mlp") in modules
+        return one.name.startswith("mlp.shared_experts") and "shared_experts" in modules
 
     def _end(self, placement: Placement, rank: int, chunk: int) -> int:
         is_last = placement.stage(rank, chunk) == placement.num_stages - 1

@@ -36,7 +36,8 @@ class LayerBytes:
     tiles:      of an MLP in tiles, in a parcel for each, in order
     back:       what was away, once it is all back for the backward pass
     routed:     of the experts, where they stay; a meter does not count it
-    again:      of the experts, where they are recomputed: there in the backward pass alone; not counted either
+    again:      of experts, or of what Megatron's selective recomputation names, where a checkpoint inside the layer
+                makes it again: there in the backward pass alone; not counted either
     weight_gradients:  what W still needs after B
     stores_input:      False where the input is rebuilt from the layer before
     begins:     its input is no layer's output: a layer of multi-token prediction

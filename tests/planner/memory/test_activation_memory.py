@@ -229,19 +229,28 @@ def test_a_step_holds_at_most_what_is_predicted(dist: Dist, model: str, layout: 
 
 RECOMPUTED: dict[str, Fields] = {
     "attention": {"recompute_granularity": "selective"},
+    "MLPs": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     "every layer": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "two at a time": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
     "the first of a stage": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
 }
 
 
-@pytest.mark.parametrize("what", RECOMPUTED)
-@pytest.mark.parametrize("model", ["stock gpt", "unfused"])
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        *((model, what) for model in ("stock gpt", "unfused") for what in RECOMPUTED if what != "MLPs"),
+        ("llama", "MLPs"),
+        ("moe", "MoE layers"),
+    ],
+)
 def test_what_megatron_recomputes_is_predicted_within_three_percent(dist: Dist, model: str, what: str) -> None:
     """Not to the byte: Megatron caches the rotary angles that a checkpoint keeps, and a stage's received input lives on
     until the next one comes.
     """
-    fields = {**MODELS[model], "pp": 2, "config": RECOMPUTED[what]}
+    of_experts = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    config = RECOMPUTED.get(what, of_experts)
+    fields = {**(MOE if model == "moe" else MODELS[model]), "pp": 2, "config": config}
     found = dist(2)(peaks_of_policies, fields, {"stock": {}})
     (job,) = dist(1)(_job, fields, 4, 4)
     for expected, rank in zip(predicted(job, {}, stock_schedule(fields)), found, strict=True):
