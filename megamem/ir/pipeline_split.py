@@ -112,9 +112,10 @@ def normal_split(split: Sequence[int]) -> Split:
 
 
 def balanced_split(costs: Sequence[float], stages: int, last: float = 0.0) -> Split:
-    """The split whose slowest stage is fastest, at least one layer in each; of several that with the lightest front.
+    """The split whose slowest stage is fastest; of several that with the lightest front.
 
-    The first ranks hold the most microbatches, so that what is left over goes to the back.
+    The first ranks hold the most microbatches, so that what is left over goes to the back. Every stage has a layer, but
+    for a last one that has enough to do besides (as in DeepSeek-V3's own recipes).
 
     costs:  of every layer, in the order of the model
     last:   of what the last stage has besides: multi-token prediction, output layer and loss
@@ -140,7 +141,8 @@ def _fill(costs: Sequence[float], stages: int, last: float, limit: float) -> lis
         spent = last if stage == stages - 1 else 0.0
         start = end
         # Every stage before this one gets a layer; what is left at the end is the first one's.
-        while start > stage and (start == end or stage == 0 or spent + costs[start - 1] <= limit):
+        needs_one = not spent
+        while start > stage and ((start == end and needs_one) or stage == 0 or spent + costs[start - 1] <= limit):
             start -= 1
             spent += costs[start]
         if spent > limit:

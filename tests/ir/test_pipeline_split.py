@@ -88,11 +88,12 @@ def test_the_balanced_split_is_the_best_there_is() -> None:
             return max(sums)
 
         found = balanced_split(costs, stages, last) or (len(costs) // stages,) * stages
-        cuts = itertools.combinations(range(1, len(costs)), stages - 1)
+        cuts = itertools.combinations(range(1, len(costs) + (last > 0)), stages - 1)
         every = [[b - a for a, b in itertools.pairwise((0, *cut, len(costs)))] for cut in cuts]
-        assert sum(found) == len(costs) and min(found) >= 1
+        assert sum(found) == len(costs) and min(found[:-1], default=1) >= 1 and found[-1] >= (not last)
         assert slowest(found) <= min(map(slowest, every)) * (1 + 1e-6)
     assert balanced_split([1.0] * 61, 16, 2.5) == (*[4] * 15, 1)
+    assert balanced_split([1.0] * 61, 16, 4.5) == (1, 1, 1, 3, *[5] * 11, 0)
     with pytest.raises(ValueError, match="3 layers are too few for 4 stages"):
         balanced_split([1.0] * 3, 4)
 
