@@ -206,6 +206,11 @@ def _layer_spec(case: GptCase) -> SpecMaker:
 def _mtp_spec(case: GptCase, config: TransformerConfig, layers: Any, vp_stage: int | None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
+    if not getattr(layers, "layer_specs", True):  # a last stage without layers
+        from megamem.integrations.local_spec import last_layer_stage, local_layer_spec
+
+        rank, chunk = last_layer_stage(config)
+        layers = local_layer_spec(config, vp_stage=chunk, pp_rank=rank)
     return get_gpt_mtp_block_spec(config, layers, case.transformer_engine, vp_stage=vp_stage)
 
 

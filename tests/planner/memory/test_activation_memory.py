@@ -150,6 +150,8 @@ LAYOUTS: dict[str, Fields] = {
     "sequence": {"tp": 2, "sp": True},
     "two depths": {"config": {"mtp_num_layers": 2}},
     "mtp": {"pp": 2, "config": {"mtp_num_layers": 1}},
+    "bare, interleaved": {"pp": 2, "vpp": 2, "config": {"pipeline_model_parallel_layout": "E|t|t*3|L"}},
+    "bare mtp": {"pp": 2, "config": {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "Et*4|mL"}},
     "uneven": {"pp": 2, "config": {"pipeline_model_parallel_layout": "Et*3|tL"}},
     "uneven, interleaved": {"pp": 2, "vpp": 2, "config": {"pipeline_model_parallel_layout": "E|t|t*2|tL"}},
 }
