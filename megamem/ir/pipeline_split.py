@@ -73,8 +73,14 @@ def ends_split(
 
     first, last:  `--decoder-first-pipeline-num-layers`, `--decoder-last-pipeline-num-layers`; None: as the others
 
-    Raises ValueError where the layers do not divide so.
+    Raises ValueError where the layers do not divide so, or a rank would have none, which Megatron takes in a pipeline
+    layout only.
     """
+    if 0 in (first, last):
+        raise ValueError(
+            "0 layers for the first or the last pipeline rank: Megatron-Core takes a stage without layers from "
+            "pipeline_model_parallel_layout only (Et*4|L)"
+        )
     counts: list[int | None] = [first, *[None] * (pipeline - 2), last] if pipeline > 1 else [first or last]
     open_ranks = counts.count(None)
     rest = num_layers - sum(count for count in counts if count is not None)

@@ -119,6 +119,8 @@ def test_megatrons_other_options_give_the_same_splits() -> None:
     assert normal_split([2, 2]) == () and normal_split([2, 1]) == (2, 1)
     with pytest.raises(ValueError, match="4 of 61 layers cannot be divided by the other 3 pipeline ranks"):
         ends_split(61, 5, first=50, last=7)
+    with pytest.raises(ValueError, match="takes a stage without layers from pipeline_model_parallel_layout only"):
+        ends_split(4, 2, last=0)
     with pytest.raises(ValueError, match="3 layers of a pipeline rank cannot be divided by 2 chunks"):
         ends_split(7, 2, 2, last=3)
     with pytest.raises(ValueError, match="cannot be divided by 4 stages"):
