@@ -12,7 +12,7 @@ from megamem.ir.plan import Alternative, Decision, MadeFor, Plan, Prediction, Sp
 from megamem.ir.schedule import Schedule
 from megamem.ir.what_if import Cell, WhatIf
 from megamem.planner.activations import plan_activations
-from megamem.planner.evaluation import Model, Priced, Setup
+from megamem.planner.evaluation import Model, Priced, Setup, with_timelines
 from megamem.planner.hardware import load_hardware
 from megamem.planner.models.presets import load_model
 from megamem.planner.schedules.families import build_schedule
@@ -66,7 +66,7 @@ def sample(name: str = "sample") -> Config:
         tokens_per_second_per_gpu=MICROBATCHES * SEQUENCE / priced.step_seconds / 16,
         time=priced.time,
         traffic=priced.traffic,
-        memory=priced.memory,
+        memory=with_timelines(priced),
         decisions=(
             Decision(
                 subject="attention_output", layers="1-30", fate="swap", nbytes=1 << 27, seconds=0.012, reason="dear"
