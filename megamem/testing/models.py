@@ -30,7 +30,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
-from megamem.integrations.local_spec import FlashAttention, local_layer_spec
+from megamem.integrations.local_spec import FlashAttention, last_layer_stage, local_layer_spec
 from megamem.integrations.vocabulary_shards import shards_of
 
 SpecMaker = Callable[[TransformerConfig, int | None], Any]
@@ -207,8 +207,6 @@ def _mtp_spec(case: GptCase, config: TransformerConfig, layers: Any, vp_stage: i
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
     if not getattr(layers, "layer_specs", True):  # a last stage without layers
-        from megamem.integrations.local_spec import last_layer_stage, local_layer_spec
-
         rank, chunk = last_layer_stage(config)
         layers = local_layer_spec(config, vp_stage=chunk, pp_rank=rank)
     return get_gpt_mtp_block_spec(config, layers, case.transformer_engine, vp_stage=vp_stage)

@@ -205,6 +205,9 @@ def test_compression_that_is_asked_for_is_priced_and_else_named(capsys: pytest.C
     assert any("in 8 bits" in reason for reason in reasons)
     (named,) = [one for one in plain["predicted"]["alternatives"] if one["name"] == "compress fp8"]
     assert "faster; not chosen: gradients carry the error of 8 bits; add " + " ".join(asked) in named["verdict"]
+    # Beside what is asked for already, other options keep their own names.
+    names = [one["name"] for one in planned(capsys, *RECOMPUTING, *asked)["predicted"]["alternatives"]]
+    assert "fp8 mlp" in names and "compress fp8" not in names
     # Where computing covers all copies, codes would only take time.
     assert "compress fp8" not in str(planned(capsys, *short[:-2])["predicted"]["alternatives"])
 

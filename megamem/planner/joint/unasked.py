@@ -28,11 +28,12 @@ def unasked(planned: LayoutPlan, wishes: Wishes, step: float) -> Iterator[Altern
         found = settled_with(planned, wishes, options)
         if found is None:
             continue
-        name, option, value = _named(options)
+        is_sent = options.compress != wishes.options.compress  # else it changes what layers save
+        name, option, value = _named(options, is_sent=is_sent)
         flag = f"--megamem-{option.replace('.', '-').replace('_', '-')} {value}"
-        if options.compress != "none":
+        if is_sent:
             flag = f"--megamem-activations-policy auto {flag}"
-        saving = "" if options.compress != "none" else f", {_saved(planned, options) / _GIB:.1f} GiB less left alone"
+        saving = "" if is_sent else f", {_saved(planned, options) / _GIB:.1f} GiB less left alone"
         faster = f"{100 * (1 - found.priced.step_seconds / best.priced.step_seconds):.1f} % faster"
         yield Alternative(
             name=f"{name} {value}",
@@ -45,9 +46,9 @@ def unasked(planned: LayoutPlan, wishes: Wishes, step: float) -> Iterator[Altern
         )
 
 
-def _named(options: LayerOptions) -> tuple[str, str, str]:
+def _named(options: LayerOptions, *, is_sent: bool) -> tuple[str, str, str]:
     """A short name, the option, its value."""
-    if options.compress != "none":
+    if is_sent:
         return "compress", "activations.compress", options.compress
     if options.mlp.is_on:
         return "mlp.tiles", "mlp.tiles", str(options.mlp.tiles)
